@@ -34,7 +34,9 @@ def encode(payload: Any) -> tuple[bytes, str]:
         try:
             return payload.encode(), TEXT
         except UnicodeEncodeError as error:
-            raise MessageError(f"payload text {payload[:40]!r} is not valid Unicode: {error.reason}") from error
+            raise MessageError(
+                f"payload text {payload[:40]!r} is not valid Unicode: {error.reason}"
+            ) from error
     if isinstance(payload, bytearray | memoryview):
         return bytes(payload), BYTES
     try:
@@ -53,7 +55,9 @@ def decode(body: bytes, content_type: str | None) -> Any:
         try:
             return from_json(body)
         except ValueError as error:
-            raise DecodeError(f"body of {len(body)} bytes is not JSON, as {content_type!r} says: {error}") from error
+            raise DecodeError(
+                f"body of {len(body)} bytes is not JSON, as {content_type!r} says: {error}"
+            ) from error
     if kind.startswith("text/"):
         return _text(body)
     return body
@@ -63,7 +67,9 @@ def _text(body: bytes) -> str:
     try:
         return body.decode()
     except UnicodeDecodeError as error:
-        raise DecodeError(f"body of {len(body)} bytes is not UTF-8 text: {error.reason} at {error.start}") from error
+        raise DecodeError(
+            f"body of {len(body)} bytes is not UTF-8 text: {error.reason} at {error.start}"
+        ) from error
 
 
 def _as_bytes(body: bytes, content_type: str | None) -> bytes:
@@ -105,7 +111,9 @@ def _build_decoder(hint: Any) -> Decoder:
     try:
         adapter: TypeAdapter[Any] = TypeAdapter(hint)
     except Exception as error:  # pydantic raises several kinds for a type it has no schema for
-        raise ConfigError(f"the handler's payload annotation {hint!r} cannot be validated: {error}") from error
+        raise ConfigError(
+            f"the handler's payload annotation {hint!r} cannot be validated: {error}"
+        ) from error
     validate = adapter.validate_json
 
     def run(body: bytes, content_type: str | None) -> Any:

@@ -31,7 +31,9 @@ class Handler:
 
     def __init__(self, function: Callable[..., Any], delivery_types: tuple[type, ...] = (Delivery,)) -> None:
         if not callable(function):
-            raise ConfigError(f"{function!r} is not a handler: give a function of (payload) or (payload, delivery)")
+            raise ConfigError(
+                f"{function!r} is not a handler: give a function of (payload) or (payload, delivery)"
+            )
         self.function = function
         self.name = getattr(function, "__qualname__", None) or repr(function)
         self.is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
@@ -56,7 +58,9 @@ class Handler:
         try:
             parameters = inspect.signature(function).parameters.values()
         except (TypeError, ValueError) as error:
-            raise ConfigError(f"handler {self.name} has no signature that can be read: wrap it in a def") from error
+            raise ConfigError(
+                f"handler {self.name} has no signature that can be read: wrap it in a def"
+            ) from error
         names = [p.name for p in parameters if p.kind in _POSITIONAL]
         required = [p.name for p in parameters if p.kind in _POSITIONAL and p.default is p.empty]
         keywords = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty]

@@ -280,7 +280,9 @@ def check_headers(headers: Mapping[str, HeaderValue]) -> None:
     for name, value in headers.items():
         check_text("header name", name, MAX_HEADER_NAME)
         if name.lower().startswith(RESERVED_PREFIX):
-            raise MessageError(f"header {name!r} is in the facade's own namespace {RESERVED_PREFIX!r}: rename it")
+            raise MessageError(
+                f"header {name!r} is in the facade's own namespace {RESERVED_PREFIX!r}: rename it"
+            )
         if isinstance(value, str):
             if not value.isascii():
                 check_encodable(f"header {name!r}", value)

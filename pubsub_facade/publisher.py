@@ -269,7 +269,9 @@ class Publisher:
 
     def _give_up(self, publication: _Publication, error: PubSubError) -> None:
         if not publication.finished:
-            self._finish(publication, error if publication.sent == 0 else self._unconfirmed(publication, error))
+            self._finish(
+                publication, error if publication.sent == 0 else self._unconfirmed(publication, error)
+            )
 
     def _unconfirmed(self, publication: _Publication, why: BaseException) -> SendFailed:
         failed = SendFailed(

@@ -82,7 +82,11 @@ class Subscription:
             check_pattern(pattern)
         if self.filter is not None:
             Filter.parse(self.filter)
-        if isinstance(self.max_attempts, bool) or not isinstance(self.max_attempts, int) or self.max_attempts < 1:
+        if (
+            isinstance(self.max_attempts, bool)
+            or not isinstance(self.max_attempts, int)
+            or self.max_attempts < 1
+        ):
             raise ConfigError(f"max_attempts {self.max_attempts!r} is not a whole number of 1 or more")
 
     @property

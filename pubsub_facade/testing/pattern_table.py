@@ -1,0 +1,96 @@
+"""What each pattern means, as a table: the conformance suite asks every backend the same questions.
+
+Each row is ``(pattern, topic, whether the topic is the pattern's)`` (contract 2).
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+PATTERN_TABLE: Final[tuple[tuple[str, str, bool], ...]] = (
+    # words
+    ("social", "social", True),
+    ("social", "social.post", False),
+    ("social.post", "social", False),
+    ("social.post.created", "social.post.created", True),
+    ("social.post.created", "social.post.Created", False),
+    ("social.post", "social.posts", False),
+    ("social.posts", "social.post", False),
+    ("a-b.c_d.9", "a-b.c_d.9", True),
+    ("a-b", "a.b", False),
+    # * is exactly one word
+    ("*", "a", True),
+    ("*", "a.b", False),
+    ("*.*", "a.b", True),
+    ("*.*", "a", False),
+    ("*.*", "a.b.c", False),
+    ("a.*", "a", False),
+    ("a.*", "a.b", True),
+    ("a.*", "a.b.c", False),
+    ("a.*", "ab.c", False),
+    ("*.created", "post.created", True),
+    ("*.created", "created", False),
+    ("*.created", "social.post.created", False),
+    ("social.*.created", "social.post.created", True),
+    ("social.*.created", "social.created", False),
+    ("social.*.created", "social.post.draft.created", False),
+    ("*.b.*", "a.b.c", True),
+    ("*.b.*", "b.b", False),
+    # # at the end is zero or more words
+    ("#", "a", True),
+    ("#", "a.b.c.d", True),
+    ("a.#", "a", True),
+    ("a.#", "a.b", True),
+    ("a.#", "a.b.c", True),
+    ("a.#", "ab", False),
+    ("a.#", "b.a", False),
+    # # at the beginning
+    ("#.z", "z", True),
+    ("#.z", "a.z", True),
+    ("#.z", "a.b.z", True),
+    ("#.z", "a.z.b", False),
+    ("#.z", "az", False),
+    ("#.z", "z.z", True),
+    # # in the middle
+    ("a.#.z", "a.z", True),
+    ("a.#.z", "a.b.z", True),
+    ("a.#.z", "a.b.c.z", True),
+    ("a.#.z", "a.z.z", True),
+    ("a.#.z", "a", False),
+    ("a.#.z", "z", False),
+    ("a.#.z", "a.b.zz", False),
+    ("a.#.a", "a", False),
+    ("a.#.a", "a.a", True),
+    # several #
+    ("#.a.#", "a", True),
+    ("#.a.#", "x.a.y", True),
+    ("#.a.#", "x.y.a", True),
+    ("#.a.#", "a.x.y", True),
+    ("#.a.#", "x.ab.y", False),
+    ("#.a.#.a.#", "a", False),
+    ("#.a.#.a.#", "x.a.y.a", True),
+    ("#.a.b.#.b.c.#", "a.b.c", False),
+    ("#.a.b.#.b.c.#", "x.a.b.a.b.c.y", True),
+    ("#.#", "a", True),
+    ("a.#.#.b", "a.b", True),
+    ("a.#.b.#", "a.c.b", True),
+    ("a.#.b.#", "a.c", False),
+    # * and # together
+    ("*.#", "a", True),
+    ("*.#", "a.b.c", True),
+    ("#.*", "a", True),
+    ("a.*.#", "a", False),
+    ("a.*.#", "a.b", True),
+    ("a.#.*", "a", False),
+    ("a.#.*", "a.b.c", True),
+    ("#.*.#", "a", True),
+    ("*.#.*", "a", False),
+    ("*.#.*", "a.b", True),
+    ("a.*.#.z", "a.z", False),
+    ("a.*.#.z", "a.b.z", True),
+    ("a.#.*.z", "a.b.c.z", True),
+    ("#.b.*", "b.b.x", True),
+    ("#.b.*", "b.x.y", False),
+    ("*.#.b", "b", False),
+    ("*.#.b", "b.b", True),
+)
