@@ -1,0 +1,60 @@
+"""Does a broker answer in its own protocol? One short handshake each, with no client library.
+
+A port that accepts connections proves little: each of the four opens it before it can serve. These ask for
+something only a broker that is ready can say.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+
+_TIMEOUT = 2.0
+
+
+def _connect(port: int) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", port), timeout=_TIMEOUT)
+
+
+def _exactly(link: socket.socket, size: int) -> bytes:
+    data = b""
+    while len(data) < size:
+        more = link.recv(size - len(data))
+        if not more:
+            raise ConnectionError("closed in the middle of an answer")
+        data += more
+    return data
+
+
+def amqp(port: int) -> bool:
+    """AMQP 0-9-1: the protocol header is answered with Connection.Start (class 10, method 10)."""
+    try:
+        with _connect(port) as link:
+            link.sendall(b"AMQP\x00\x00\x09\x01")
+            return _exactly(link, 11)[7:] == struct.pack("!HH", 10, 10)
+    except OSError:
+        return False
+
+
+def kafka(port: int) -> bool:
+    """Kafka: a Metadata request (key 3, version 1, no topics) names at least one broker that is not fenced."""
+    request = struct.pack("!hhih", 3, 1, 1, -1) + struct.pack("!i", 0)
+    try:
+        with _connect(port) as link:
+            link.sendall(struct.pack("!i", len(request)) + request)
+            answer = _exactly(link, struct.unpack("!i", _exactly(link, 4))[0])
+    except OSError:
+        return False
+    brokers: int = struct.unpack("!i", answer[4:8])[0]
+    return brokers > 0
+
+
+def stomp(port: int, user: str, password: str) -> bool:
+    """STOMP 1.2: a CONNECT with these credentials is answered with CONNECTED."""
+    frame = f"CONNECT\naccept-version:1.2\nhost:localhost\nlogin:{user}\npasscode:{password}\n\n\0"
+    try:
+        with _connect(port) as link:
+            link.sendall(frame.encode())
+            return _exactly(link, 9) == b"CONNECTED"
+    except OSError:
+        return False

@@ -1,0 +1,124 @@
+"""A detached process that outlives the command which started it, and is found again by its pid file.
+
+The pid file holds the pid with the start time the kernel gave it: a pid that was handed to somebody else since
+is never signalled. Each process leads its own session, so that its children can be ended with it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from brokers.waiting import wait_until
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What makes a pid unmistakable on this machine: the boot it belongs to, and when it started (clock ticks)."""
+
+    pid: int
+    started: int
+    boot: str
+
+
+def _boot_id() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def _stat(pid: int) -> list[str] | None:
+    """The fields of ``/proc/PID/stat`` from the state on; None where there is no such process."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return text.rpartition(")")[2].split()
+
+
+def identify(pid: int) -> Identity | None:
+    """The identity of a living process; None where it is gone or only waits to be reaped."""
+    fields = _stat(pid)
+    if fields is None or fields[0] in "ZX":
+        return None
+    return Identity(pid, int(fields[19]), _boot_id())
+
+
+@dataclass(slots=True)
+class Daemon:
+    """One process by its command line, pid file and log."""
+
+    command: Sequence[str]
+    pid_file: Path
+    log: Path
+    environment: Mapping[str, str] = field(default_factory=dict)
+    user: str | None = None
+    _child: subprocess.Popen[bytes] | None = field(default=None, init=False)
+
+    def pid(self) -> int | None:
+        """The pid while the process lives and is the one that was started here; else None."""
+        if self._child is not None:
+            self._child.poll()
+        try:
+            known = Identity(**json.loads(self.pid_file.read_text()))
+        except FileNotFoundError:
+            return None
+        return known.pid if identify(known.pid) == known else None
+
+    def start(self) -> None:
+        """Start it unless it runs. Standard output and error are appended to the log."""
+        if self.pid() is not None:
+            return
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("ab") as log:
+            self._child = subprocess.Popen(
+                self.command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **self.environment},
+                cwd=self.pid_file.parent,
+                start_new_session=True,
+                user=self.user,
+                group=self.user,
+                extra_groups=[] if self.user else None,
+            )
+        identity = identify(self._child.pid)
+        if identity is not None:
+            record = {"pid": identity.pid, "started": identity.started, "boot": identity.boot}
+            self.pid_file.write_text(json.dumps(record))
+
+    def signal(self, number: signal.Signals) -> bool:
+        """Send ``number`` to the process and the rest of its process group; False where it does not run."""
+        pid = self.pid()
+        if pid is None:
+            return False
+        os.killpg(pid, number)
+        return True
+
+    def kill(self) -> None:
+        """``kill -9``, and wait until it is gone."""
+        if self.signal(signal.SIGKILL):
+            wait_until(lambda: self.pid() is None, 10, f"the end of process {self.pid_file}")
+        self.pid_file.unlink(missing_ok=True)
+
+    def stop(self, grace: float) -> None:
+        """Ask it to end and wait ``grace`` seconds for that; then ``kill -9``."""
+        if self.signal(signal.SIGTERM):
+            self.signal(signal.SIGCONT)  # a paused process would sleep through its SIGTERM
+            try:
+                wait_until(lambda: self.pid() is None, grace, f"the end of process {self.pid_file}")
+            except TimeoutError:
+                self.kill()
+        self.pid_file.unlink(missing_ok=True)
+
+    def pause(self) -> None:
+        """SIGSTOP: connections stay open and nothing answers."""
+        self.signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """SIGCONT."""
+        self.signal(signal.SIGCONT)

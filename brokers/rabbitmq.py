@@ -1,0 +1,162 @@
+"""RabbitMQ from Debian's package, beside (never instead of) a system service of the same name.
+
+Each instance has a port mapper (epmd) of its own, in the foreground and with a pid file: the one the broker would
+start by itself outlives it. Nodes of a cluster share one, by the ``epmd`` port of the first.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from brokers import probe
+from brokers.broker import CONF, PASSWORD, READY, USER, Broker, BrokerError
+from brokers.process import Daemon
+
+SCRIPTS = Path("/usr/lib/rabbitmq/bin")
+ACCOUNT = "rabbitmq"
+
+
+class RabbitMQ(Broker):
+    """One node. As root it runs as Debian's user ``rabbitmq``, where that user can reach the directory."""
+
+    name = "rabbitmq"
+
+    def __init__(
+        self,
+        directory: Path,
+        wanted_ports: Mapping[str, int] | None = None,
+        *,
+        extra: Sequence[str] = (),
+        listeners: Sequence[str] = (),
+        leader: RabbitMQ | None = None,
+    ) -> None:
+        """``leader``: the node whose cluster this one is to join (see `join`)."""
+        self.leader = leader
+        wanted = dict(wanted_ports or {})
+        if leader is not None:
+            wanted["epmd"] = leader.ports["epmd"]
+        super().__init__(directory, wanted or None, extra=extra, listeners=listeners)
+        self.mapper = Daemon(
+            ["epmd", "-port", str(self.ports["epmd"]), "-address", "127.0.0.1"],
+            self.directory / "epmd.pid",
+            self.directory / "epmd.log",
+            environment=self._environment(),
+            user=self._account(),
+        )
+
+    @property
+    def node(self) -> str:
+        """The Erlang node's name."""
+        return f"pubsub-{self.ports['dist']}@localhost"
+
+    @property
+    def url(self) -> str:
+        """Where clients connect, with user and password."""
+        return f"amqp://{USER}:{PASSWORD}@127.0.0.1:{self.ports['amqp']}/%2F"
+
+    @property
+    def management_url(self) -> str:
+        """The HTTP API; same user and password."""
+        return f"http://127.0.0.1:{self.ports['management']}/api"
+
+    def _account(self) -> str | None:
+        if os.geteuid() != 0:
+            return None
+        try:
+            pwd.getpwnam(ACCOUNT)
+        except KeyError:
+            return None
+        reachable = all(folder.stat().st_mode & 0o001 for folder in self.directory.parents)
+        return ACCOUNT if reachable else None
+
+    def _environment(self) -> dict[str, str]:
+        at = str(self.directory)
+        return {
+            "HOME": at,
+            "RUNNING_UNDER_SYSTEMD": "true",  # makes the script become the broker instead of its parent
+            "RABBITMQ_CONF_ENV_FILE": "/dev/null",
+            "RABBITMQ_NODENAME": self.node,
+            "RABBITMQ_MNESIA_BASE": f"{at}/data",
+            "RABBITMQ_LOG_BASE": f"{at}/log",
+            "RABBITMQ_LOGS": "-",
+            "RABBITMQ_CONFIG_FILE": f"{at}/rabbitmq.conf",
+            "RABBITMQ_ENABLED_PLUGINS_FILE": f"{at}/enabled_plugins",
+            "RABBITMQ_DIST_PORT": str(self.ports["dist"]),
+            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "-kernel inet_dist_use_interface {127,0,0,1}",
+            "ERL_EPMD_PORT": str(self.ports["epmd"]),
+            "ERL_EPMD_ADDRESS": "127.0.0.1",
+        }
+
+    def _daemon(self) -> Daemon:
+        return Daemon(
+            [str(SCRIPTS / "rabbitmq-server")],
+            self.directory / "rabbitmq.pid",
+            self.log,
+            environment=self._environment(),
+            user=self._account(),
+        )
+
+    def _configure(self) -> None:
+        listeners = [
+            f"listeners.tcp.1 = 127.0.0.1:{self.ports['amqp']}",
+            "management.tcp.ip = 127.0.0.1",
+            f"management.tcp.port = {self.ports['management']}",
+        ]
+        shared = (CONF / "rabbitmq.conf").read_text()
+        lines = [shared, *listeners, *self.listeners, *self.extra]
+        (self.directory / "rabbitmq.conf").write_text("\n".join([*lines, ""]))
+        shutil.copy(CONF / "enabled_plugins", self.directory)
+        if self.leader is not None:
+            shutil.copy(self.leader.directory / ".erlang.cookie", self.directory)
+        account = self._account()
+        if account is not None:
+            for path in [self.directory, *self.directory.rglob("*")]:
+                shutil.chown(path, account, account)
+
+    def _before_launch(self) -> None:
+        if self.leader is None:
+            self.mapper.start()
+
+    def ready(self) -> bool:
+        return probe.amqp(self.ports["amqp"])
+
+    def ctl(self, *arguments: str, timeout: float = 60) -> str:
+        """Run ``rabbitmqctl`` on this node; its output, or BrokerError."""
+        account = self._account()
+        done = subprocess.run(
+            [str(SCRIPTS / "rabbitmqctl"), *arguments],
+            env={**os.environ, **self._environment()},
+            cwd=self.directory,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            user=account,
+            group=account,
+            extra_groups=[] if account else None,
+            check=False,
+        )
+        if done.returncode != 0:
+            raise BrokerError(f"rabbitmqctl {' '.join(arguments)}\n{done.stdout}{done.stderr}")
+        return done.stdout
+
+    def join(self) -> None:
+        """Make this running node, which has a ``leader``, a member of its cluster; what it held is dropped."""
+        if self.leader is None:
+            raise BrokerError(f"{self.node} was not given a node to join")
+        self.ctl("stop_app")
+        self.ctl("reset")
+        self.ctl("join_cluster", self.leader.node)
+        self.ctl("start_app")
+        self.wait_ready(READY)
+
+    def stop(self, grace: float = 30) -> None:
+        super().stop(grace)
+        self.mapper.stop(5)
+
+    def settings(self) -> Mapping[str, str]:
+        return {"rabbitmq": f'backend = "rabbitmq"\n\n[rabbitmq]\nurl = "{self.url}"\n'}
