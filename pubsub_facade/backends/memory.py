@@ -217,7 +217,7 @@ class MemoryBackend(Backend):
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
-        url = settings.url or ""
+        url = "" if settings.url is None else settings.url.get_secret_value()
         self.hub = Hub.named(url.removeprefix("memory://").strip("/") if url.startswith("memory:") else "")
         self._receivers: list[MemoryReceiver] = []
         self._open = False
