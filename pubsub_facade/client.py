@@ -8,12 +8,12 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar
 
 from pubsub_facade.backends import create
-from pubsub_facade.backends.base import Backlog, Capabilities, Position
+from pubsub_facade.backends.base import Backend, Backlog, Capabilities, Position
 from pubsub_facade.codec import encode
 from pubsub_facade.consumer import WINDOW, Consumer
 from pubsub_facade.dead_letters import DeadLetters
@@ -30,6 +30,7 @@ from pubsub_facade.workers import Workers, workers_for
 log = logging.getLogger("pubsub_facade")
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+T = TypeVar("T")
 
 GRACE: Final = 30.0  # s that close() gives handlers in hand
 
@@ -274,7 +275,7 @@ class AsyncPubSub:
         check_subscription(subscription)
         return DeadLetters(self._supervisor, subscription)
 
-    async def _run(self, operation: Callable[..., Any]) -> Any:
+    async def _run(self, operation: Callable[[Backend], Awaitable[T]]) -> T:
         if self._closed:
             raise Closed("this client is closed: make a new one")
         return await self._supervisor.run(operation)

@@ -68,6 +68,7 @@ class Consumer:
         self._copier: asyncio.Task[None] | None = None
         self._copied: dict[Delivery, asyncio.Future[None]] = {}
         self._out = 0  # handed out and without an outcome
+        self._quiet = asyncio.Event()  # nothing is in hand and no copy is being stored
         self._stopping = False
         self._reports: deque[tuple[Delivery, bool]] = deque()
         self._reported = False
@@ -172,9 +173,13 @@ class Consumer:
 
     async def settle(self, grace: float) -> None:
         """Wait up to ``grace`` seconds until what is in hand has its outcome and every copy is stored."""
-        end = self.loop.time() + grace
-        while (self._out or self._copier is not None) and self.loop.time() < end:
-            await asyncio.sleep(0.005)
+        try:
+            async with asyncio.timeout(grace):
+                while self._out or self._copier is not None:
+                    self._quiet.clear()
+                    await self._quiet.wait()
+        except TimeoutError:
+            log.debug("%s: %d handlers outlasted the grace time", self._title, self._out)
 
     async def leave(self) -> int:
         """Give back what is still unsettled and leave; returns how many were."""
@@ -294,6 +299,8 @@ class Consumer:
             return False
         delivery.settled = True
         self._out -= 1
+        if not self._out:
+            self._quiet.set()
         return True
 
     def _next(self, delivery: Delivery) -> None:
@@ -368,6 +375,7 @@ class Consumer:
                     pause = min(pause * 2, 5.0)
         finally:
             self._copier = None
+            self._quiet.set()
 
     async def _store(self, deliveries: Sequence[Delivery], *, park: bool) -> list[Delivery]:
         """Store the copies; returns those to try again: their originals are still unsettled on a live link."""

@@ -29,6 +29,8 @@ class Handler:
 
     __slots__ = ("call", "decode", "function", "is_async", "name")
 
+    call: Callable[..., Any]
+
     def __init__(self, function: Callable[..., Any], delivery_types: tuple[type, ...] = (Delivery,)) -> None:
         if not callable(function):
             raise ConfigError(

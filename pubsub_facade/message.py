@@ -165,6 +165,7 @@ class Delivery(Message):
     receiver: Receiver
     settler: Settler | None
     tag: Any
+    _decoded: Any
 
     def __init__(
         self,
@@ -201,7 +202,7 @@ class Delivery(Message):
         self.settler = None
 
     @property
-    def payload(self) -> Any:  # type: ignore[override]
+    def payload(self) -> Any:
         try:
             return self._decoded
         except AttributeError:

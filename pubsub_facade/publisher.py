@@ -17,7 +17,6 @@ from typing import Final
 from pubsub_facade.backends.base import Backend
 from pubsub_facade.errors import (
     Closed,
-    ConnectionFailed,
     ConnectionLost,
     Fate,
     PublishTimeout,
@@ -323,5 +322,5 @@ class Publisher:
             f"{self._supervisor.backend.name} within the timeout{why}; publish again with the same id, or wait longer",
             fates,
         )
-        error.__cause__ = cause if not isinstance(cause, ConnectionFailed | None) else cause
+        error.__cause__ = cause
         return error

@@ -45,6 +45,10 @@ class Supervisor:
         self._last_error: ConnectionFailed | None = None
 
     @property
+    def _closed(self) -> bool:
+        return self.state == "closed"
+
+    @property
     def epoch(self) -> int:
         """Counts links: an error seen under an older epoch says nothing about the present link."""
         return self._epoch
@@ -71,7 +75,7 @@ class Supervisor:
 
     async def _opened(self, *, patient: bool) -> Backend:
         while self.state != "connected":
-            if self.state == "closed":
+            if self._closed:
                 raise Closed("this client is closed: make a new one")
             pause = self._not_before - time.monotonic()
             if self._attempt is None and pause > 0:
@@ -85,7 +89,7 @@ class Supervisor:
                 if not patient or isinstance(error, AuthenticationFailed):
                     raise
             except asyncio.CancelledError:
-                if self.state != "closed" or _cancelled():
+                if not self._closed or _cancelled():
                     raise
         return self.backend
 

@@ -314,8 +314,9 @@ class PubSub:
             thread.loop.call_soon_threadsafe(stop.set)
 
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                previous[number] = signal.signal(number, on_signal)
+            previous = {
+                number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)
+            }
         try:
             thread.call(client.serve(stop))
         finally:
