@@ -1,0 +1,163 @@
+"""One chaos run: publish, let faults happen, wait for what was promised, and settle accounts.
+
+The rule: each message id whose publish returned was handled by each subscription, or is in its dead
+letters, or is still in its backlog. Anything else is lost. Duplicates are counted, and bounded by what
+can be in hand at each fault.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pubsub_facade import AsyncPubSub, Settings
+from tests.chaos.injuries import injuries_for
+from tests.chaos.workload import BATCH, SUBSCRIPTIONS, WINDOW
+from tests.chaos.world import MEMBERS, PUBLISHERS, World
+
+
+@dataclass
+class Result:
+    """What a run came to; counts are over both subscriptions."""
+
+    form: str
+    seed: int
+    faults: list[str]
+    published: int = 0
+    handled: int = 0
+    dead: int = 0
+    duplicates: int = 0
+    lost: dict[str, list[str]] = field(default_factory=dict)
+    longest_gap: float = 0.0  # s from the end of a fault until the next delivery was handled
+    seconds: float = 0.0
+
+    @property
+    def bound(self) -> int:
+        """Duplicates that the faults can account for: what was in hand at each, once more."""
+        return len(self.faults) * (
+            len(SUBSCRIPTIONS) * WINDOW * (MEMBERS + 1) + PUBLISHERS * BATCH * len(SUBSCRIPTIONS)
+        )
+
+    @property
+    def lost_count(self) -> int:
+        return sum(map(len, self.lost.values()))
+
+    def row(self) -> str:
+        """As a row of the table in ``docs/reliability.md``."""
+        return (
+            f"| {self.form} | {self.seed} | {len(self.faults)} | {self.published} | {self.handled} | {self.dead} "
+            f"| {self.duplicates} | {self.lost_count} | {self.longest_gap:.1f} s | {self.seconds:.0f} s |"
+        )
+
+
+HEADER = (
+    "| backend | seed | faults | published | handled | dead letters | duplicates | lost | longest gap | took |\n"
+    "|---|---|---|---|---|---|---|---|---|---|"
+)
+
+
+def run(
+    form: str, folder: Path, *, seed: int, count: int, faults: int, rate: float, patience: float
+) -> Result:
+    """Run one scenario.
+
+    Arguments:
+        form: backend form.
+        folder: empty, for this run.
+        seed: draws the faults, and when they happen.
+        count: messages of each publisher.
+        faults: how many happen at least, while messages are published.
+        rate: messages a second of each publisher.
+        patience: seconds to wait, after the last fault, for what was promised.
+    """
+    world = World(form, folder, seed, count, rate)
+    begin = time.monotonic()
+    result = Result(form, seed, [])
+    ends: list[float] = []
+    with world.running():
+        asyncio.run(_declare(world))
+        world.start_publishers()
+        menu = list(injuries_for(form))
+        while len(result.faults) < faults:
+            round_ = menu[:]
+            world.random.shuffle(round_)
+            for injury in round_[: faults - len(result.faults)]:
+                time.sleep(world.random.uniform(0.2, 1.5))
+                injury(world)
+                ends.append(time.time())
+                result.faults.append(injury.__name__)
+        world.wait_published(patience + 2 * count / rate)
+        asyncio.run(_settle_accounts(world, result, patience))
+        for member in world.members:
+            member.terminate()
+    result.longest_gap = _longest_gap(folder, ends)
+    result.seconds = time.monotonic() - begin
+    return result
+
+
+async def _declare(world: World) -> None:
+    async with AsyncPubSub(Settings.load(world.direct)) as pubsub:
+        if pubsub.capabilities.competing:  # elsewhere the members declare, and only one of them can
+            for subscription in SUBSCRIPTIONS:
+                await pubsub.declare("chaos.#", subscription=subscription)
+        else:
+            await _first_member(world)
+
+
+async def _first_member(world: World) -> None:
+    """Where one member is active, it is the one that declares: wait until it has said so."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        if (world.folder / "members.log").exists() and list(world.folder.glob("handled-*")):
+            await asyncio.sleep(3)
+            return
+        await asyncio.sleep(0.1)
+    raise TimeoutError("no member came up within 30 s")
+
+
+async def _settle_accounts(world: World, result: Result, patience: float) -> None:
+    published = {line for path in world.folder.glob("published-*") for line in path.read_text().split()}
+    deadline = time.monotonic() + patience
+    async with AsyncPubSub(Settings.load(world.direct)) as pubsub:
+        while True:
+            handled = {name: _handled(world.folder, name) for name in SUBSCRIPTIONS}
+            dead = {name: [letter.id async for letter in pubsub.dead_letters(name)] for name in SUBSCRIPTIONS}
+            missing = {
+                name: sorted(published - set(handled[name]) - set(dead[name])) for name in SUBSCRIPTIONS
+            }
+            if not any(missing.values()) or time.monotonic() > deadline:
+                break
+            await asyncio.sleep(0.5)
+        result.lost = {}
+        for name, ids in missing.items():
+            backlog = await pubsub.backlog(name) if ids else None
+            if backlog is not None and backlog.waiting is not None:
+                print(f"{world.form}: {name}: {len(ids)} not handled in time, backlog {backlog}")
+            result.lost[name] = ids
+    result.published = len(published)
+    result.handled = sum(len(set(ids)) for ids in handled.values())
+    result.dead = sum(len(set(ids)) for ids in dead.values())
+    result.duplicates = sum(len(ids) - len(set(ids)) for ids in handled.values())
+
+
+def _handled(folder: Path, subscription: str) -> list[str]:
+    """Ids as often as they were handled; a line that a kill cut short does not count."""
+    return [
+        line.split()[0]
+        for path in folder.glob(f"handled-{subscription}-*")
+        for line in path.read_text().splitlines()
+        if line.count(" ") == 2
+    ]
+
+
+def _longest_gap(folder: Path, ends: list[float]) -> float:
+    times = sorted(
+        float(line.split()[1])
+        for path in folder.glob("handled-*")
+        for line in path.read_text().splitlines()
+        if line.count(" ") == 2
+    )
+    gaps = [min((at - end for at in times if at >= end), default=0.0) for end in ends]
+    return max(gaps, default=0.0)
