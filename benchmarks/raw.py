@@ -236,7 +236,8 @@ async def sqlite_publish(settings: Settings, table: str, count: int) -> float:
     def run() -> float:
         database = sqlite3.connect(settings.sqlite.path.with_suffix(".raw"), isolation_level=None)
         database.executescript(
-            f"PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; CREATE TABLE {table} (id INTEGER PRIMARY KEY, body BLOB)"
+            "PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL;"
+            f"CREATE TABLE {table} (id INTEGER PRIMARY KEY, body BLOB)"
         )
         begin = time.perf_counter()
         for start in range(0, count, 500):
