@@ -1,4 +1,7 @@
-"""ActiveMQ Classic from its Maven jars (the ready-made tarball is not in Maven Central), with KahaDB and STOMP."""
+"""ActiveMQ Classic from its Maven jars (its tarball is not in Maven Central): KahaDB, STOMP, Jolokia.
+
+The full distribution serves Jolokia from its web console; here the agent answers at the same path instead.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,7 @@ import shutil
 from collections.abc import Mapping
 
 from brokers import java, probe
-from brokers.broker import CONF, PASSWORD, USER, Broker
-from brokers.process import Daemon
+from brokers.broker import CONF, PASSWORD, USER, Broker, BrokerError
 
 
 def stomp_settings(port: int, flavor: str, subscriptions: str) -> str:
@@ -19,11 +21,41 @@ def stomp_settings(port: int, flavor: str, subscriptions: str) -> str:
 
 
 class Classic(Broker):
-    """One broker. Two on one ``pubsub.data`` are primary and standby: the second waits for the store's lock."""
+    """One broker, with the scheduler, simple authentication and no anonymous access."""
 
     name = "activemq"
 
-    def _daemon(self) -> Daemon:
+    @property
+    def console_url(self) -> str:
+        """Jolokia; same user and password."""
+        return f"http://127.0.0.1:{self.ports['jolokia']}/api/jolokia"
+
+    def _agent(self) -> str:
+        jar = next((java.LIBRARIES / "activemq").glob("jolokia-agent-jvm-*.jar"), None)
+        if jar is None:
+            raise BrokerError("ActiveMQ Classic is not installed: make install-brokers")
+        options = {
+            "host": "127.0.0.1",
+            "port": str(self.ports["jolokia"]),
+            "user": USER,
+            "password": PASSWORD,
+            "agentContext": "/api/jolokia",
+            "discoveryEnabled": "false",
+        }
+        return f"-javaagent:{jar}=" + ",".join(f"{key}={value}" for key, value in options.items())
+
+    @classmethod
+    def answers(cls, ports: Mapping[str, int]) -> bool:
+        return probe.stomp(ports["stomp"], USER, PASSWORD)
+
+    @classmethod
+    def settings(cls, ports: Mapping[str, int]) -> Mapping[str, str]:
+        return {
+            "activemq": stomp_settings(ports["stomp"], "classic", "durable"),
+            "activemq-virtual": stomp_settings(ports["stomp"], "classic", "virtual"),
+        }
+
+    def command(self) -> list[str]:
         properties = {
             "pubsub.name": f"pubsub-{self.ports['stomp']}",
             "pubsub.host": "127.0.0.1",
@@ -33,29 +65,18 @@ class Classic(Broker):
             "activemq.home": str(self.directory),
             "activemq.base": str(self.directory),
         }
-        options = [java.log4j(self.directory), *(f"-D{key}={value}" for key, value in properties.items())]
+        options = [
+            self._agent(),
+            java.log4j(self.directory),
+            *(f"-D{key}={value}" for key, value in properties.items()),
+        ]
         configuration = f"xbean:file:{self.directory / 'activemq.xml'}"
-        return Daemon(
-            java.command(
-                "activemq", "org.apache.activemq.console.Main", "start", configuration, options=options
-            ),
-            self.directory / "activemq.pid",
-            self.log,
-        )
+        main = "org.apache.activemq.console.Main"
+        return java.command("activemq", main, "start", configuration, options=options)
 
-    def _configure(self) -> None:
+    def configure(self) -> None:
         text = (CONF / "activemq.xml").read_text()
         text = text.replace("<!-- extra -->", "\n".join(self.extra))
         text = text.replace("<!-- listeners -->", "\n".join(self.listeners))
         (self.directory / "activemq.xml").write_text(text)
         shutil.copy(CONF / "log4j2.properties", self.directory)
-
-    def ready(self) -> bool:
-        return probe.stomp(self.ports["stomp"], USER, PASSWORD)
-
-    def settings(self) -> Mapping[str, str]:
-        port = self.ports["stomp"]
-        return {
-            "activemq": stomp_settings(port, "classic", "durable"),
-            "activemq-virtual": stomp_settings(port, "classic", "virtual"),
-        }

@@ -1,7 +1,7 @@
 """One natively started broker: what starting, breaking and stopping it means, whichever it is.
 
-A subclass says which ports and files it has, how its process is started, and how to ask whether it serves. All
-state lives in the instance's directory; several instances of one broker run at once in different directories.
+A subclass says which ports and files it has, how its process is started, and how to ask whether it serves.
+All state lives in the instance's directory; several instances of one broker run at once, each in its own.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Broker(ABC):
 
     Parameters:
         directory: holds its data, configuration, log, ports and pid.
-        ports: by name; those not given are as last time, else the defaults, else free ones.
+        ports: by name; those not given are as last time, else free ones.
         extra: lines added to its configuration (``rabbitmq.conf``, ``server.properties``, or XML elements
             within ``<broker>`` on Classic and ``<core>`` on Artemis); a later line wins over ours.
         listeners: further connector or acceptor elements of the two ActiveMQ brokers, such as TLS ones.
@@ -52,25 +52,41 @@ class Broker(ABC):
         self.directory = directory.resolve()
         self.extra = tuple(extra)
         self.listeners = tuple(listeners)
-        self.ports = ports.choose(self.name, self.directory, wanted_ports)
+        self.ports = ports.for_instance(self.name, self.directory, wanted_ports)
         self.log = self.directory / f"{self.name}.log"
-        self.daemon = self._daemon()
+        self.daemon = Daemon(
+            self.directory / f"{self.name}.pid", self.log, self.environment(), self.account()
+        )
+
+    @classmethod
+    @abstractmethod
+    def answers(cls, ports: Mapping[str, int]) -> bool:
+        """Does the broker behind these loopback ports serve clients now?"""
+
+    @classmethod
+    @abstractmethod
+    def settings(cls, ports: Mapping[str, int]) -> Mapping[str, str]:
+        """The text of ``pubsub.toml`` for each backend form that a broker behind these ports serves."""
 
     @abstractmethod
-    def _daemon(self) -> Daemon:
-        """The process, not yet started."""
+    def command(self) -> list[str]:
+        """The command line of the process."""
 
     @abstractmethod
-    def _configure(self) -> None:
+    def configure(self) -> None:
         """Write the configuration; called before each start."""
 
-    @abstractmethod
+    def environment(self) -> dict[str, str]:
+        """What the process finds in its environment beside ours."""
+        return {}
+
+    def account(self) -> str | None:
+        """The user to run as where we are root; None: as we are."""
+        return None
+
     def ready(self) -> bool:
         """Does it serve clients now?"""
-
-    @abstractmethod
-    def settings(self) -> Mapping[str, str]:
-        """The text of ``pubsub.toml`` for each backend form this broker serves, by the form's name."""
+        return self.answers(self.ports)
 
     def running(self) -> bool:
         """Does the process live? It may be paused, or not ready yet."""
@@ -84,12 +100,8 @@ class Broker(ABC):
     def launch(self) -> None:
         """Start the process unless it runs, and return at once."""
         if not self.running():
-            self._configure()
-            self._before_launch()
-            self.daemon.start()
-
-    def _before_launch(self) -> None:
-        """What has to run beside the process; nothing on most."""
+            self.configure()
+            self.daemon.start(self.command())
 
     def wait_ready(self, timeout: float = READY) -> None:
         """Return once it serves; BrokerError when its process ends first, or after ``timeout`` seconds."""

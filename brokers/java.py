@@ -1,4 +1,4 @@
-"""The command line of a broker that runs on a Java virtual machine: small heap, quick start, IPv4 loopback."""
+"""The command line of a broker that runs on a Java virtual machine: a small heap on IPv4 loopback."""
 
 from __future__ import annotations
 

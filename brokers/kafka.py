@@ -11,7 +11,6 @@ from collections.abc import Mapping
 
 from brokers import java, probe
 from brokers.broker import CONF, Broker, BrokerError
-from brokers.process import Daemon
 
 
 class Kafka(Broker):
@@ -29,14 +28,19 @@ class Kafka(Broker):
     def _properties(self) -> str:
         return str(self.directory / "server.properties")
 
-    def _daemon(self) -> Daemon:
-        return Daemon(
-            java.command("kafka", "kafka.Kafka", self._properties, options=[java.log4j(self.directory)]),
-            self.directory / "kafka.pid",
-            self.log,
-        )
+    @classmethod
+    def answers(cls, ports: Mapping[str, int]) -> bool:
+        return probe.kafka(ports["client"])
 
-    def _configure(self) -> None:
+    @classmethod
+    def settings(cls, ports: Mapping[str, int]) -> Mapping[str, str]:
+        servers = f'["127.0.0.1:{ports["client"]}"]'
+        return {"kafka": f'backend = "kafka"\n\n[kafka]\nbootstrap_servers = {servers}\n'}
+
+    def command(self) -> list[str]:
+        return java.command("kafka", "kafka.Kafka", self._properties, options=[java.log4j(self.directory)])
+
+    def configure(self) -> None:
         controller = self.ports["controller"]
         own = [
             f"listeners=PLAINTEXT://{self.bootstrap},CONTROLLER://127.0.0.1:{controller}",
@@ -59,9 +63,3 @@ class Kafka(Broker):
         done = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=False)
         if done.returncode != 0:
             raise BrokerError(f"formatting Kafka's storage failed\n{done.stdout}{done.stderr}")
-
-    def ready(self) -> bool:
-        return probe.kafka(self.ports["client"])
-
-    def settings(self) -> Mapping[str, str]:
-        return {"kafka": f'backend = "kafka"\n\n[kafka]\nbootstrap_servers = ["{self.bootstrap}"]\n'}

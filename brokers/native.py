@@ -4,7 +4,7 @@
     broker.kill()
     broker.start()
 
-An instance in a directory of its own disturbs nobody; the shared ones live in ``.brokers/{name}``.
+An instance in a directory of its own disturbs nobody; the ones that everybody shares are `brokers.shared`'s.
 """
 
 from __future__ import annotations
@@ -14,16 +14,11 @@ from pathlib import Path
 
 from brokers.activemq import Classic
 from brokers.artemis import Artemis
-from brokers.broker import STATE, Broker
+from brokers.broker import Broker
 from brokers.kafka import Kafka
 from brokers.rabbitmq import RabbitMQ
 
 BROKERS: Mapping[str, type[Broker]] = {broker.name: broker for broker in (RabbitMQ, Kafka, Classic, Artemis)}
-
-
-def shared(name: str) -> Broker:
-    """The instance that ``make brokers`` runs; not started by this call."""
-    return BROKERS[name](STATE / name)
 
 
 def start(

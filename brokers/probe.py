@@ -37,7 +37,7 @@ def amqp(port: int) -> bool:
 
 
 def kafka(port: int) -> bool:
-    """Kafka: a Metadata request (key 3, version 1, no topics) names at least one broker that is not fenced."""
+    """Kafka: a Metadata request (key 3, version 1, no topics) names a broker that is not fenced."""
     request = struct.pack("!hhih", 3, 1, 1, -1) + struct.pack("!i", 0)
     try:
         with _connect(port) as link:
@@ -58,3 +58,14 @@ def stomp(port: int, user: str, password: str) -> bool:
             return _exactly(link, 9) == b"CONNECTED"
     except OSError:
         return False
+
+
+def erlang_nodes(port: int) -> list[str]:
+    """The nodes registered at the Erlang port mapper (epmd) on ``port``; none where nothing listens."""
+    try:
+        with _connect(port) as link:
+            link.sendall(b"\x00\x01n")
+            answer = b"".join(iter(lambda: link.recv(4096), b""))
+    except OSError:
+        return []
+    return [line.split()[1] for line in answer[4:].decode().splitlines() if line.startswith("name ")]

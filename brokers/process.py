@@ -1,7 +1,7 @@
 """A detached process that outlives the command which started it, and is found again by its pid file.
 
-The pid file holds the pid with the start time the kernel gave it: a pid that was handed to somebody else since
-is never signalled. Each process leads its own session, so that its children can be ended with it.
+The pid file holds the pid with the start time the kernel gave it: a pid that was handed to somebody else
+since is never signalled. Each process leads its own session, so that its children can be ended with it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from brokers.waiting import wait_until
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What makes a pid unmistakable on this machine: the boot it belongs to, and when it started (clock ticks)."""
+    """What makes a pid unmistakable on this machine: its boot, and when in it the process started (ticks)."""
 
     pid: int
     started: int
@@ -49,9 +49,8 @@ def identify(pid: int) -> Identity | None:
 
 @dataclass(slots=True)
 class Daemon:
-    """One process by its command line, pid file and log."""
+    """One process by its pid file and log. ``user`` is whom it runs as when root starts it."""
 
-    command: Sequence[str]
     pid_file: Path
     log: Path
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -68,14 +67,14 @@ class Daemon:
             return None
         return known.pid if identify(known.pid) == known else None
 
-    def start(self) -> None:
-        """Start it unless it runs. Standard output and error are appended to the log."""
+    def start(self, command: Sequence[str]) -> None:
+        """Run ``command`` unless the process runs. Standard output and error are appended to the log."""
         if self.pid() is not None:
             return
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
             self._child = subprocess.Popen(
-                self.command,
+                command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

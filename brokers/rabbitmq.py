@@ -1,7 +1,7 @@
 """RabbitMQ from Debian's package, beside (never instead of) a system service of the same name.
 
-Each instance has a port mapper (epmd) of its own, in the foreground and with a pid file: the one the broker would
-start by itself outlives it. Nodes of a cluster share one, by the ``epmd`` port of the first.
+Each instance has a port mapper (epmd) of its own, in the foreground and with a pid file: the one the broker
+would start by itself outlives it. The nodes of a cluster share one, and the last to stop takes it down.
 """
 
 from __future__ import annotations
@@ -19,6 +19,11 @@ from brokers.process import Daemon
 
 SCRIPTS = Path("/usr/lib/rabbitmq/bin")
 ACCOUNT = "rabbitmq"
+
+
+def amqp_url(port: int) -> str:
+    """Where clients of the broker on ``port`` connect, with user and password."""
+    return f"amqp://{USER}:{PASSWORD}@127.0.0.1:{port}/%2F"
 
 
 class RabbitMQ(Broker):
@@ -41,13 +46,19 @@ class RabbitMQ(Broker):
         if leader is not None:
             wanted["epmd"] = leader.ports["epmd"]
         super().__init__(directory, wanted or None, extra=extra, listeners=listeners)
-        self.mapper = Daemon(
-            ["epmd", "-port", str(self.ports["epmd"]), "-address", "127.0.0.1"],
-            self.directory / "epmd.pid",
-            self.directory / "epmd.log",
-            environment=self._environment(),
-            user=self._account(),
+        self.mapper: Daemon = (
+            Daemon(self.directory / "epmd.pid", self.directory / "epmd.log", user=self.account())
+            if leader is None
+            else leader.mapper
         )
+
+    @classmethod
+    def answers(cls, ports: Mapping[str, int]) -> bool:
+        return probe.amqp(ports["amqp"])
+
+    @classmethod
+    def settings(cls, ports: Mapping[str, int]) -> Mapping[str, str]:
+        return {"rabbitmq": f'backend = "rabbitmq"\n\n[rabbitmq]\nurl = "{amqp_url(ports["amqp"])}"\n'}
 
     @property
     def node(self) -> str:
@@ -57,14 +68,14 @@ class RabbitMQ(Broker):
     @property
     def url(self) -> str:
         """Where clients connect, with user and password."""
-        return f"amqp://{USER}:{PASSWORD}@127.0.0.1:{self.ports['amqp']}/%2F"
+        return amqp_url(self.ports["amqp"])
 
     @property
     def management_url(self) -> str:
         """The HTTP API; same user and password."""
         return f"http://127.0.0.1:{self.ports['management']}/api"
 
-    def _account(self) -> str | None:
+    def account(self) -> str | None:
         if os.geteuid() != 0:
             return None
         try:
@@ -74,7 +85,7 @@ class RabbitMQ(Broker):
         reachable = all(folder.stat().st_mode & 0o001 for folder in self.directory.parents)
         return ACCOUNT if reachable else None
 
-    def _environment(self) -> dict[str, str]:
+    def environment(self) -> dict[str, str]:
         at = str(self.directory)
         return {
             "HOME": at,
@@ -92,16 +103,10 @@ class RabbitMQ(Broker):
             "ERL_EPMD_ADDRESS": "127.0.0.1",
         }
 
-    def _daemon(self) -> Daemon:
-        return Daemon(
-            [str(SCRIPTS / "rabbitmq-server")],
-            self.directory / "rabbitmq.pid",
-            self.log,
-            environment=self._environment(),
-            user=self._account(),
-        )
+    def command(self) -> list[str]:
+        return [str(SCRIPTS / "rabbitmq-server")]
 
-    def _configure(self) -> None:
+    def configure(self) -> None:
         listeners = [
             f"listeners.tcp.1 = 127.0.0.1:{self.ports['amqp']}",
             "management.tcp.ip = 127.0.0.1",
@@ -113,24 +118,21 @@ class RabbitMQ(Broker):
         shutil.copy(CONF / "enabled_plugins", self.directory)
         if self.leader is not None:
             shutil.copy(self.leader.directory / ".erlang.cookie", self.directory)
-        account = self._account()
+        account = self.account()
         if account is not None:
             for path in [self.directory, *self.directory.rglob("*")]:
                 shutil.chown(path, account, account)
 
-    def _before_launch(self) -> None:
-        if self.leader is None:
-            self.mapper.start()
-
-    def ready(self) -> bool:
-        return probe.amqp(self.ports["amqp"])
+    def launch(self) -> None:
+        self.mapper.start(["epmd", "-port", str(self.ports["epmd"]), "-address", "127.0.0.1"])
+        super().launch()
 
     def ctl(self, *arguments: str, timeout: float = 60) -> str:
         """Run ``rabbitmqctl`` on this node; its output, or BrokerError."""
-        account = self._account()
+        account = self.account()
         done = subprocess.run(
             [str(SCRIPTS / "rabbitmqctl"), *arguments],
-            env={**os.environ, **self._environment()},
+            env={**os.environ, **self.environment()},
             cwd=self.directory,
             capture_output=True,
             text=True,
@@ -145,7 +147,7 @@ class RabbitMQ(Broker):
         return done.stdout
 
     def join(self) -> None:
-        """Make this running node, which has a ``leader``, a member of its cluster; what it held is dropped."""
+        """Make this running node, which has a ``leader``, one of its cluster; what it held is dropped."""
         if self.leader is None:
             raise BrokerError(f"{self.node} was not given a node to join")
         self.ctl("stop_app")
@@ -156,7 +158,5 @@ class RabbitMQ(Broker):
 
     def stop(self, grace: float = 30) -> None:
         super().stop(grace)
-        self.mapper.stop(5)
-
-    def settings(self) -> Mapping[str, str]:
-        return {"rabbitmq": f'backend = "rabbitmq"\n\n[rabbitmq]\nurl = "{self.url}"\n'}
+        if not probe.erlang_nodes(self.ports["epmd"]):
+            self.mapper.stop(5)
