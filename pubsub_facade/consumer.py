@@ -16,9 +16,10 @@ import random
 import time
 from collections import deque
 from collections.abc import Sequence
+from functools import partial
 from typing import Final
 
-from pubsub_facade.backends.base import Backend, Receiver
+from pubsub_facade.backends.base import Backend, Receiver, Timer
 from pubsub_facade.errors import (
     AuthenticationFailed,
     Closed,
@@ -62,7 +63,7 @@ class Consumer:
         self._receiver: Receiver | None = None
         self._feed: asyncio.Task[None] | None = None
         self._idle: deque[asyncio.Future[None]] = deque()
-        self._held: dict[Delivery, asyncio.TimerHandle] = {}
+        self._held: dict[Delivery, Timer] = {}
         self._parking: list[Delivery] = []
         self._burying: list[Delivery] = []
         self._copier: asyncio.Task[None] | None = None
@@ -334,7 +335,7 @@ class Consumer:
     # -- waiting in the member: ordered and ephemeral subscriptions -------------------------------
 
     def _hold(self, delivery: Delivery, delay: float) -> None:
-        self._held[delivery] = self.loop.call_later(delay, self._unhold, delivery)
+        self._held[delivery] = delivery.receiver.call_later(delay, partial(self._unhold, delivery))
 
     def _unhold(self, delivery: Delivery) -> None:
         del self._held[delivery]

@@ -12,11 +12,12 @@ TopologyConflict, UnsupportedFeature. The driver's own error is the ``__cause__`
 
 from __future__ import annotations
 
+import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 from pubsub_facade.message import Delivery, Message
 from pubsub_facade.settings import Settings
@@ -73,6 +74,12 @@ class Backlog:
     oldest: float | None
 
 
+class Timer(Protocol):
+    """What can be called off until it has rung."""
+
+    def cancel(self) -> None: ...
+
+
 class Receiver(ABC):
     """One member's link to one subscription, from `Backend.consume` until `close` or ConnectionLost.
 
@@ -120,6 +127,13 @@ class Receiver(ABC):
 
         The consumer has set ``failure``; the dead letter is the original message plus it.
         """
+
+    def call_later(self, delay: float, wake: Callable[[], None]) -> Timer:
+        """Call ``wake`` after ``delay`` seconds, on the loop: retries that wait in the member.
+
+        Only a backend whose clock tests can move does it otherwise.
+        """
+        return asyncio.get_running_loop().call_later(delay, wake)
 
     @abstractmethod
     async def flush(self) -> None:

@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Callable, Collection, Iterable, Seque
 from datetime import datetime
 from typing import Final
 
-from pubsub_facade.backends.base import Backend, Backlog, Capabilities, Position, Receiver
+from pubsub_facade.backends.base import Backend, Backlog, Capabilities, Position, Receiver, Timer
 from pubsub_facade.errors import ConnectionLost, Fate, SendFailed
 from pubsub_facade.filters import Filter
 from pubsub_facade.message import Delivery, Failure, Message
@@ -128,6 +128,41 @@ class _Namespace:
         return [*self.queues.values(), *self.ephemeral]
 
 
+class _Timer:
+    """One `Hub.call_later`: rings on its own loop, when the hub's clock says so."""
+
+    __slots__ = ("_handle", "_hub", "_loop", "_wake", "due")
+
+    def __init__(self, hub: Hub, due: float, wake: Callable[[], None]) -> None:
+        self.due = due
+        self._hub = hub
+        self._wake = wake
+        self._loop = asyncio.get_running_loop()
+        self._handle: asyncio.TimerHandle | None = None
+        hub.timers.add(self)
+        self._arm()
+
+    def moved(self) -> None:
+        """The hub's clock was moved; from any thread."""
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._arm)
+
+    def _arm(self) -> None:
+        if self in self._hub.timers:
+            if self._handle is not None:
+                self._handle.cancel()
+            self._handle = self._loop.call_later(max(0.0, self.due - self._hub.now()), self._ring)
+
+    def _ring(self) -> None:
+        self._hub.timers.discard(self)
+        self._wake()
+
+    def cancel(self) -> None:
+        self._hub.timers.discard(self)
+        if self._handle is not None:
+            self._handle.cancel()
+
+
 class Hub:
     """What a broker process is for the others: shared by all memory backends of one name.
 
@@ -143,6 +178,7 @@ class Hub:
         self.namespaces: dict[str, _Namespace] = {}
         self._sequence = 0
         self._offset = 0.0
+        self.timers: set[_Timer] = set()
         self._faults: dict[str, deque[BaseException]] = {}
 
     @classmethod
@@ -156,12 +192,19 @@ class Hub:
         return time.time() + self._offset
 
     def advance(self, seconds: float) -> None:
-        """Let parked and delayed messages become due ``seconds`` sooner."""
+        """Let parked, held and delayed messages become due ``seconds`` sooner."""
         with self.lock:
             self._offset += seconds
+            for timer in list(self.timers):
+                timer.moved()
             for namespace in self.namespaces.values():
                 for queue in namespace.all():
                     queue.wake()
+
+    def call_later(self, delay: float, wake: Callable[[], None]) -> Timer:
+        """Call ``wake`` on the running loop ``delay`` seconds from now, by the hub's clock."""
+        with self.lock:
+            return _Timer(self, self.now() + delay, wake)
 
     def fail(self, operation: str, error: BaseException) -> None:
         """The next call of ``operation`` raises ``error``; several queue up."""
@@ -507,6 +550,9 @@ class MemoryReceiver(Receiver):
                     letter = _copy(entry.message)
                     letter.failure = delivery.failure
                     self._queue.dead[letter.id] = letter
+
+    def call_later(self, delay: float, wake: Callable[[], None]) -> Timer:
+        return self._hub.call_later(delay, wake)
 
     async def flush(self) -> None:
         return
