@@ -16,7 +16,6 @@ import random
 import time
 from collections import deque
 from collections.abc import Sequence
-from functools import partial
 from typing import Final
 
 from pubsub_facade.backends.base import Backend, Receiver, Timer
@@ -290,7 +289,7 @@ class Consumer:
         delivery.failure = failure
         delivery.delay = delay
         if self._holds:
-            self._hold(delivery, delay)
+            self._hold(delivery)
             return None
         self._parking.append(delivery)
         return self._copy(delivery)
@@ -334,8 +333,8 @@ class Consumer:
 
     # -- waiting in the member: ordered and ephemeral subscriptions -------------------------------
 
-    def _hold(self, delivery: Delivery, delay: float) -> None:
-        self._held[delivery] = delivery.receiver.call_later(delay, partial(self._unhold, delivery))
+    def _hold(self, delivery: Delivery) -> None:
+        self._held[delivery] = delivery.receiver.hold(delivery, self._unhold)
 
     def _unhold(self, delivery: Delivery) -> None:
         del self._held[delivery]

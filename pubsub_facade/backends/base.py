@@ -128,12 +128,12 @@ class Receiver(ABC):
         The consumer has set ``failure``; the dead letter is the original message plus it.
         """
 
-    def call_later(self, delay: float, wake: Callable[[], None]) -> Timer:
-        """Call ``wake`` after ``delay`` seconds, on the loop: retries that wait in the member.
+    def hold(self, delivery: Delivery, wake: Callable[[Delivery], None]) -> Timer:
+        """Call ``wake(delivery)`` after ``delivery.delay`` seconds, on the loop: retries that wait in the member.
 
         Only a backend whose clock tests can move does it otherwise.
         """
-        return asyncio.get_running_loop().call_later(delay, wake)
+        return asyncio.get_running_loop().call_later(delivery.delay, wake, delivery)
 
     @abstractmethod
     async def flush(self) -> None:

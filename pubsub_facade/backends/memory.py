@@ -129,12 +129,13 @@ class _Namespace:
 
 
 class _Timer:
-    """One `Hub.call_later`: rings on its own loop, when the hub's clock says so."""
+    """One delivery held in its member: rings on the member's loop, when the hub's clock says so."""
 
-    __slots__ = ("_handle", "_hub", "_loop", "_wake", "due")
+    __slots__ = ("_handle", "_hub", "_loop", "_wake", "delivery", "due")
 
-    def __init__(self, hub: Hub, due: float, wake: Callable[[], None]) -> None:
-        self.due = due
+    def __init__(self, hub: Hub, delivery: Delivery, wake: Callable[[Delivery], None]) -> None:
+        self.delivery = delivery
+        self.due = hub.now() + delivery.delay
         self._hub = hub
         self._wake = wake
         self._loop = asyncio.get_running_loop()
@@ -155,7 +156,7 @@ class _Timer:
 
     def _ring(self) -> None:
         self._hub.timers.discard(self)
-        self._wake()
+        self._wake(self.delivery)
 
     def cancel(self) -> None:
         self._hub.timers.discard(self)
@@ -200,11 +201,6 @@ class Hub:
             for namespace in self.namespaces.values():
                 for queue in namespace.all():
                     queue.wake()
-
-    def call_later(self, delay: float, wake: Callable[[], None]) -> Timer:
-        """Call ``wake`` on the running loop ``delay`` seconds from now, by the hub's clock."""
-        with self.lock:
-            return _Timer(self, self.now() + delay, wake)
 
     def fail(self, operation: str, error: BaseException) -> None:
         """The next call of ``operation`` raises ``error``; several queue up."""
@@ -551,8 +547,9 @@ class MemoryReceiver(Receiver):
                     letter.failure = delivery.failure
                     self._queue.dead[letter.id] = letter
 
-    def call_later(self, delay: float, wake: Callable[[], None]) -> Timer:
-        return self._hub.call_later(delay, wake)
+    def hold(self, delivery: Delivery, wake: Callable[[Delivery], None]) -> Timer:
+        with self._hub.lock:
+            return _Timer(self._hub, delivery, wake)
 
     async def flush(self) -> None:
         return
