@@ -188,6 +188,12 @@ class Hub:
         with cls._hubs_lock:
             return cls._hubs.setdefault(name, cls())
 
+    @classmethod
+    def drop(cls, name: str) -> None:
+        """Forget the hub of this name: the next who names it gets a new one."""
+        with cls._hubs_lock:
+            cls._hubs.pop(name, None)
+
     def now(self) -> float:
         """The hub's clock, seconds since the epoch."""
         return time.time() + self._offset
