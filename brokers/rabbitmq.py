@@ -19,6 +19,8 @@ from brokers.process import Daemon
 
 SCRIPTS = Path("/usr/lib/rabbitmq/bin")
 ACCOUNT = "rabbitmq"
+# The management plugin takes 5 s to stop, doing nothing; an application is given 2 s.
+_KERNEL = ("-kernel", "inet_dist_use_interface", "{127,0,0,1}", "shutdown_timeout", "2000")
 
 
 def amqp_url(port: int) -> str:
@@ -98,7 +100,7 @@ class RabbitMQ(Broker):
             "RABBITMQ_CONFIG_FILE": f"{at}/rabbitmq.conf",
             "RABBITMQ_ENABLED_PLUGINS_FILE": f"{at}/enabled_plugins",
             "RABBITMQ_DIST_PORT": str(self.ports["dist"]),
-            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "-kernel inet_dist_use_interface {127,0,0,1}",
+            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": " ".join(_KERNEL),
             "ERL_EPMD_PORT": str(self.ports["epmd"]),
             "ERL_EPMD_ADDRESS": "127.0.0.1",
         }
