@@ -8,6 +8,7 @@ environment's ``DATABASES=postgresql`` leaves the others out by name.
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -241,7 +242,9 @@ def _directory(name: str) -> Path:
     wanted = STATE / name
     if os.geteuid() != 0 or all(folder.stat().st_mode & 0o001 for folder in STATE.parents):
         return wanted
-    return Path(tempfile.gettempdir(), f"pubsub-{name}-{abs(hash(str(STATE))):x}")
+    return Path(
+        tempfile.gettempdir(), f"pubsub-{name}-{hashlib.sha256(str(STATE).encode()).hexdigest()[:12]}"
+    )
 
 
 def select(text: str | None) -> list[str]:
