@@ -12,15 +12,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final
-from urllib.parse import parse_qsl, unquote, urlsplit
+from typing import Any, Final, Self
+from urllib.parse import parse_qsl, unquote
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Secret, SecretStr
+from pydantic import AfterValidator, BaseModel, ConfigDict, Secret, SecretStr, model_validator
 
 from pubsub_facade.errors import ConfigError
 
 MASK: Final = "***"
-_PASSWORD: Final = re.compile(r"(?<=://)([^/?#@:]*):[^/?#]*@")
+_QUERY_SECRET: Final = re.compile(r"([?&][^=&#]*(?:passw|secret|token)[^=&#]*=)[^&#]*", re.IGNORECASE)
 _SECTIONS: Final = {
     "amqp": ("rabbitmq", False),
     "amqps": ("rabbitmq", True),
@@ -29,11 +29,23 @@ _SECTIONS: Final = {
     "kafka": ("kafka", False),
     "kafkas": ("kafka", True),
 }
+SECURE: Final = frozenset(scheme for scheme, (_, secure) in _SECTIONS.items() if secure)
+_MEANT: Final = {
+    "rabbitmq": "amqp://host:5672",
+    "activemq": "stomp://host:61613",
+    "artemis": "stomp://host:61613?flavor=artemis",
+}
 
 
 def mask(url: str) -> str:
-    """``url`` with its password replaced by ``***``."""
-    return _PASSWORD.sub(rf"\1:{MASK}@", url)
+    """``url`` with its password replaced by ``***``; hides too much rather than too little of a bad one."""
+    url = _QUERY_SECRET.sub(rf"\1{MASK}", url)
+    scheme, separator, rest = url.partition("://")
+    if not separator:
+        scheme, rest = "", url
+    userinfo, at, hosts = rest.rpartition("@")
+    user, colon, _ = userinfo.partition(":")
+    return f"{scheme}{separator}{user}:{MASK}@{hosts}" if at and colon else url
 
 
 class SecretUrl(Secret[str]):
@@ -75,18 +87,48 @@ def show_host(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
+@dataclass(frozen=True)
+class Parts:
+    """A URL between its delimiters, still encoded. `urlsplit` would refuse several IPv6 hosts in one."""
+
+    scheme: str
+    netloc: str
+    path: str
+    query: str
+
+
+def url_parts(text: str) -> Parts:
+    """Take ``text`` apart. Raises ConfigError for an ``@`` where only an unencoded password can put one."""
+    scheme, _, rest = text.partition("://")
+    end = min((at for at in map(rest.find, "/?#") if at >= 0), default=len(rest))
+    netloc, tail = rest[:end], rest[end:]
+    if "@" in tail:
+        raise ConfigError(
+            f"url {mask(text)!r} has an '@' after a '/', '?' or '#': percent-encode what stands in user, "
+            "password or path (%2F for '/', %3F for '?', %23 for '#', %40 for '@')"
+        )
+    path, _, query = tail.partition("#")[0].partition("?")
+    return Parts(scheme.lower(), netloc, path, query)
+
+
 def addresses_of(
-    url: SecretUrl, port: int, secure_port: int, username: str | None, password: SecretStr | None
+    url: SecretUrl,
+    port: int,
+    secure_port: int,
+    username: str | None,
+    password: SecretStr | None,
+    *,
+    tls: bool = False,
 ) -> Address:
     """Take a broker URL apart.
 
     Arguments:
         port, secure_port: where the URL names none: without and with TLS.
         username, password: outrank those in the URL.
+        tls: use TLS whatever the scheme says.
     """
-    text = url.get_secret_value()
-    parts = urlsplit(text)
-    secure = parts.scheme in ("amqps", "stomps", "kafkas")
+    parts = url_parts(url.get_secret_value())
+    secure = tls or parts.scheme in SECURE
     user, secret, hosts = split_netloc(parts.netloc)
     path = unquote(parts.path.removeprefix("/"))
     return Address(
@@ -111,29 +153,39 @@ def split_netloc(netloc: str) -> tuple[str | None, str | None, list[str]]:
 
 def host_port(text: str, default: int) -> tuple[str, int]:
     """``host``, ``host:port`` or ``[v6]:port``; ConfigError where the port is no port."""
-    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%]+)\]|([^:\[\]\s]+))(?::(\d{1,5}))?", text)
+    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+(?:%[\w.-]+)?)\]|([^:\[\]\s]+))(?::(\d{1,5}))?", text)
     if match is None or not 0 < int(match[3] or default) < 65536:
-        raise ConfigError(f"address {text!r} is not usable: write host:port, as localhost:{default}")
+        raise ConfigError(f"address {mask(text)!r} is not usable: write host:port, as localhost:{default}")
     return match[1] or match[2], int(match[3] or default)
 
 
-def check_address(*schemes: str) -> AfterValidator:
-    """A validator: a URL with one of these schemes and at least one good host."""
+def check_address(plain: str, secure: str, port: int) -> AfterValidator:
+    """A validator: a URL with one of these two schemes and at least one good host.
+
+    Arguments:
+        port: to show in an error.
+    """
 
     def check(url: SecretUrl) -> SecretUrl:
         text = url.get_secret_value()
         scheme, separator, _ = text.partition("://")
-        if not separator or scheme not in schemes:
+        if not separator or scheme.lower() not in (plain, secure):
             raise ValueError(
-                f"{mask(text)!r} is not a usable URL: write {schemes[0]}://user:password@host:port "
-                f"({schemes[-1]} for TLS)"
+                f"{mask(text)!r} is no URL of this broker: write {plain}://user:password@host:{port} "
+                f"({secure} for TLS)"
             )
         try:
-            hosts = addresses_of(url, 1, 1, None, None).hosts
-        except (ConfigError, ValueError) as error:
-            raise ValueError(f"{mask(text)!r} is not a usable URL: {error}") from None
+            hosts = addresses_of(url, port, port, None, None).hosts
+            query = url_parts(text).query
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
         if not hosts:
-            raise ValueError(f"{mask(text)!r} names no host: write {schemes[0]}://host:port")
+            raise ValueError(f"{mask(text)!r} names no host: write {plain}://host:{port}")
+        if query:
+            raise ValueError(
+                f"{mask(text)!r} has a query, which only the url above all sections may have: "
+                "give its fields beside this one"
+            )
         return url
 
     return AfterValidator(check)
@@ -147,7 +199,8 @@ def split_url(text: str) -> dict[str, Any]:
     Another scheme is the name of a registered driver, which reads ``url`` itself. Raises ConfigError.
     """
     scheme, separator, rest = text.partition("://")
-    if not separator or not re.fullmatch(r"[A-Za-z][A-Za-z0-9+_-]*", scheme):
+    scheme = scheme.lower()
+    if not separator or not re.fullmatch(r"[a-z][a-z0-9+_-]*", scheme):
         raise ConfigError(
             f"url {mask(text)!r} is not usable: write scheme://host:port, as kafka://localhost:9092, "
             "amqp://user:password@localhost:5672/%2F, stomp://localhost:61613 or sqlite:///pubsub.db"
@@ -156,15 +209,19 @@ def split_url(text: str) -> dict[str, Any]:
         path, _, query = rest.partition("?")
         if not path.startswith("/") or len(path) < 2:
             raise ConfigError(
-                f"url {text!r} names no file: write sqlite:///pubsub.db, or sqlite:////absolute/path"
+                f"url {mask(text)!r} names no file: write sqlite:///pubsub.db, or sqlite:////absolute/path"
             )
-        return {"backend": "sqlite", "sqlite": {**_query(query), "path": unquote(path[1:])}}
+        return {"backend": "sqlite", "sqlite": {**_query(query, text), "path": unquote(path[1:])}}
+    if scheme in _MEANT:
+        raise ConfigError(f"url {mask(text)!r} is not usable: write {_MEANT[scheme]}")
     if scheme not in _SECTIONS:
         return {"backend": scheme, "url": text}
     section, secure = _SECTIONS[scheme]
-    parts = urlsplit(text)
-    fields = _query(parts.query)
+    parts = url_parts(text)
+    fields = _query(parts.query, text)
     user, password, hosts = split_netloc(parts.netloc)
+    if not hosts:
+        raise ConfigError(f"url {mask(text)!r} names no host: write {scheme}://host:port")
     if user is not None:
         fields["username"] = user
     if password is not None:
@@ -172,22 +229,28 @@ def split_url(text: str) -> dict[str, Any]:
     if section != "kafka":
         bare = f"{scheme}://{','.join(hosts)}{parts.path}"
         return {"backend": section, section: {**fields, "url": bare}}
-    for host in hosts:
-        host_port(host, 9092)
+    if parts.path not in ("", "/"):
+        raise ConfigError(f"url {mask(text)!r} has a path, which Kafka has no use for: leave it out")
     if secure:
-        fields.setdefault("tls", {})["enabled"] = True
+        _put(fields, "tls.enabled", True, text)
     return {"backend": "kafka", "kafka": {**fields, "bootstrap_servers": hosts}}
 
 
-def _query(query: str) -> dict[str, Any]:
+def _query(query: str, url: str) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     for name, value in parse_qsl(query, keep_blank_values=True):
-        *outer, last = name.split(".")
-        place = fields
-        for word in outer:
-            place = place.setdefault(word, {})
-        place[last] = value
+        _put(fields, name, value, url)
     return fields
+
+
+def _put(fields: dict[str, Any], key: str, value: Any, url: str) -> None:
+    *outer, last = key.split(".")
+    place = fields
+    for word in outer:
+        place = place.setdefault(word, {})
+        if not isinstance(place, dict):
+            raise ConfigError(f"url {mask(url)!r} gives {word!r} both a value and fields: give one of them")
+    place[last] = value
 
 
 class Tls(BaseModel):
@@ -212,6 +275,14 @@ class Tls(BaseModel):
     verify: bool = True
     hostname: str | None = None
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.key is not None and self.cert is None:
+            raise ValueError("key without cert: give both, or cert alone where it holds the key too")
+        if self.enabled is False and any((self.ca, self.cert, self.hostname)):
+            raise ValueError("enabled is false beside files or a hostname: leave out one or the other")
+        return self
+
     @cached_property
     def wanted(self) -> bool:
         """Whether TLS is asked for here, whatever a URL says."""
@@ -230,7 +301,8 @@ class Tls(BaseModel):
                 context.check_hostname = False
                 context.verify_mode = ssl.CERT_NONE
             if self.cert is not None:
-                secret = None if self.key_password is None else self.key_password.get_secret_value()
+                # An empty password fails on an encrypted key; None would ask the terminal, and wait.
+                secret = "" if self.key_password is None else self.key_password.get_secret_value()
                 context.load_cert_chain(self.cert, self.key, secret)
         except (ssl.SSLError, OSError) as error:
             files = ", ".join(f"{name} {str(path)!r}" for name, path in self._files())

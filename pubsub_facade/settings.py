@@ -8,16 +8,43 @@ names the nearest known key. Secrets are masked in every text this module makes.
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
-from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    model_validator,
+)
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from pubsub_facade._settings_errors import explain
+from pubsub_facade._settings_errors import explain, masked
 from pubsub_facade._settings_sources import ORIGINS, Sources
-from pubsub_facade.address import Address, SecretUrl, Tls, addresses_of, check_address, split_url
+from pubsub_facade.address import (
+    SECURE,
+    Address,
+    SecretUrl,
+    Tls,
+    addresses_of,
+    check_address,
+    host_port,
+    show_host,
+    split_url,
+    url_parts,
+)
+from pubsub_facade.errors import PubSubError
+from pubsub_facade.filters import Filter
+from pubsub_facade.subscription import check_subscription
+from pubsub_facade.topics import check_pattern
 
 ENV_PREFIX: Final = "PUBSUB_"
 CONFIG_FILE: Final = "pubsub.toml"
@@ -34,11 +61,53 @@ __all__ = [
 
 
 def _split(value: Any) -> Any:
-    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    if value.lstrip().startswith("["):
+        return json.loads(value)
+    return [part.strip() for part in value.split(",") if part.strip()]
 
 
-Words = Annotated[list[str], NoDecode, BeforeValidator(_split)]
-"""A list; in the environment, text with commas."""
+def _patterns(value: list[str]) -> list[str]:
+    with _as_value_error():
+        return [check_pattern(pattern) for pattern in value]
+
+
+def _filter(value: str) -> str:
+    with _as_value_error():
+        Filter.parse(value)
+    return value
+
+
+def _backend(value: str) -> str:
+    if "://" in value or "@" in value:
+        raise ValueError("it is no backend's name: give an address as url")
+    return value
+
+
+def _subscription(value: str) -> str:
+    with _as_value_error():
+        return check_subscription(value)
+
+
+def _servers(value: list[str]) -> list[str]:
+    with _as_value_error():
+        return [show_host(*host_port(server, KAFKA_PORT)) for server in value]
+
+
+@contextmanager
+def _as_value_error() -> Iterator[None]:
+    """What pydantic takes for a fault of the field it stands in."""
+    try:
+        yield
+    except PubSubError as error:
+        raise ValueError(str(error)) from None
+
+
+Words = Annotated[list[str], BeforeValidator(_split)]
+"""A list; in the environment, text with commas or JSON."""
+
+KAFKA_PORT: Final = 9092
 
 MiB: Final = 1 << 20
 
@@ -79,6 +148,11 @@ class SqliteSettings(_Section):
     max_size: int | None = Field(None, ge=MiB)
 
 
+def _check_agreement(url: SecretUrl, tls: Tls) -> None:
+    if tls.enabled is False and url_parts(url.get_secret_value()).scheme in SECURE:
+        raise ValueError("the url asks for TLS and tls.enabled is false: change one of them")
+
+
 class RabbitmqSettings(_Section):
     """``[rabbitmq]``
 
@@ -93,7 +167,7 @@ class RabbitmqSettings(_Section):
         replicas: members of each quorum queue; None: the broker's default.
     """
 
-    url: Annotated[SecretUrl, check_address("amqp", "amqps")] = SecretUrl(
+    url: Annotated[SecretUrl, check_address("amqp", "amqps", 5672)] = SecretUrl(
         "amqp://guest:guest@localhost:5672/%2F"
     )
     username: str | None = None
@@ -104,10 +178,15 @@ class RabbitmqSettings(_Section):
     ordered_queues: int = Field(4, ge=1, le=64)
     replicas: int | None = Field(None, ge=1)
 
+    @model_validator(mode="after")
+    def _check_tls(self) -> Self:
+        _check_agreement(self.url, self.tls)
+        return self
+
     @property
     def address(self) -> Address:
         """The URL taken apart, with user and password from wherever they were given."""
-        return addresses_of(self.url, 5672, 5671, self.username, self.password)
+        return addresses_of(self.url, 5672, 5671, self.username, self.password, tls=self.tls.wanted)
 
 
 class KafkaSettings(_Section):
@@ -127,7 +206,7 @@ class KafkaSettings(_Section):
         max_poll_interval: seconds a member may go without asking for more until its partitions go to others.
     """
 
-    bootstrap_servers: Words = ["localhost:9092"]
+    bootstrap_servers: Annotated[Words, Field(min_length=1), AfterValidator(_servers)] = ["localhost:9092"]
     username: str | None = None
     password: SecretStr | None = None
     sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] | None = None
@@ -158,7 +237,7 @@ class ActivemqSettings(_Section):
         scheduler: Classic only: whether the broker has ``schedulerSupport="true"``: retries and delays wait there.
     """
 
-    url: Annotated[SecretUrl, check_address("stomp", "stomps")] = SecretUrl("stomp://localhost:61613")
+    url: Annotated[SecretUrl, check_address("stomp", "stomps", 61613)] = SecretUrl("stomp://localhost:61613")
     username: str | None = None
     password: SecretStr | None = None
     tls: Tls = Tls()
@@ -168,10 +247,15 @@ class ActivemqSettings(_Section):
     max_payload: int = Field(16 * MiB, ge=1, le=100 * MiB)
     scheduler: bool = True
 
+    @model_validator(mode="after")
+    def _check_tls(self) -> Self:
+        _check_agreement(self.url, self.tls)
+        return self
+
     @property
     def address(self) -> Address:
         """The URL taken apart, with user and password from wherever they were given."""
-        return addresses_of(self.url, 61613, 61612, self.username, self.password)
+        return addresses_of(self.url, 61613, 61612, self.username, self.password, tls=self.tls.wanted)
 
 
 class SubscriptionSettings(_Section):
@@ -183,13 +267,20 @@ class SubscriptionSettings(_Section):
         backoff_initial, backoff_maximum: seconds.
     """
 
-    topics: Words | None = Field(None, min_length=1)
-    filter: str | None = None
+    topics: Annotated[Words, Field(min_length=1), AfterValidator(_patterns)] | None = None
+    filter: Annotated[str, AfterValidator(_filter)] | None = None
     ordered: bool | None = None
     max_attempts: int | None = Field(None, ge=1)
     concurrency: int | None = Field(None, ge=1)
     backoff_initial: float | None = Field(None, ge=0)
     backoff_maximum: float | None = Field(None, ge=0)
+
+    @model_validator(mode="after")
+    def _check_backoff(self) -> Self:
+        initial, maximum = self.backoff_initial, self.backoff_maximum
+        if initial is not None and maximum is not None and initial > maximum:
+            raise ValueError("backoff_initial is above backoff_maximum: give initial <= maximum, in seconds")
+        return self
 
 
 class Settings(BaseSettings):
@@ -219,7 +310,7 @@ class Settings(BaseSettings):
         nested_model_default_partial_update=False,
     )
 
-    backend: str = "sqlite"
+    backend: Annotated[str, AfterValidator(_backend)] = "sqlite"
     namespace: Annotated[str, Field(pattern=r"\A[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*\z", max_length=60)] = (
         "pubsub"
     )
@@ -234,7 +325,7 @@ class Settings(BaseSettings):
     rabbitmq: RabbitmqSettings = RabbitmqSettings()
     kafka: KafkaSettings = KafkaSettings()
     activemq: ActivemqSettings = ActivemqSettings()
-    subscriptions: dict[str, SubscriptionSettings] = {}
+    subscriptions: dict[Annotated[str, AfterValidator(_subscription)], SubscriptionSettings] = {}
     options: dict[str, Any] = {}
     origins: dict[str, str] = Field({}, exclude=True, repr=False)
     """Dotted key -> the source its value came from; what is not in it is a default."""
@@ -244,6 +335,16 @@ class Settings(BaseSettings):
             super().__init__(**values)
         except ValidationError as error:
             raise explain(error, type(self)) from None
+
+    @model_validator(mode="after")
+    def _check_reconnect(self) -> Self:
+        if self.reconnect_min > self.reconnect_max:
+            raise ValueError("reconnect_min is above reconnect_max: give min <= max, in seconds")
+        return self
+
+    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
+        for name, value in super().__repr_args__():
+            yield name, masked(value) if name == "options" else value
 
     @classmethod
     def load(cls, config: str | os.PathLike[str] | None = None, **overrides: Any) -> Settings:

@@ -6,6 +6,7 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Final
 
+from pubsub_facade._settings_errors import nearest
 from pubsub_facade.backends.base import Backend
 from pubsub_facade.errors import ConfigError
 from pubsub_facade.settings import Settings
@@ -45,8 +46,13 @@ def backend_class(name: str) -> type[Backend]:
     else:
         entries = {entry.name: entry for entry in entry_points(group=ENTRY_POINTS)}
         if name not in entries:
-            known = ", ".join(sorted({*_BUILT_IN, *entries}))
-            raise ConfigError(f"unknown backend {name!r}: one of {known}")
+            known = sorted({*_BUILT_IN, *entries})
+            hint = nearest(name, known)
+            raise ConfigError(
+                f"unknown backend {name!r}: "
+                + (f"did you mean {hint!r}? " if hint else "")
+                + f"known are {', '.join(known)}"
+            )
         found = entries[name].load()
     if not (isinstance(found, type) and issubclass(found, Backend)):
         raise ConfigError(f"backend {name!r} is registered as {found!r}, which is not a Backend class")
