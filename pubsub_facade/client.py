@@ -338,8 +338,11 @@ class AsyncPubSub:
         workers.start()
         self._members.append((consumer, workers))
 
-    async def run(self) -> None:
+    async def run(self, grace: float = GRACE) -> None:
         """`start`, handle until SIGTERM or SIGINT, then `close`. Waits for a broker that is absent.
+
+        Arguments:
+            grace: seconds that handlers in hand and unconfirmed messages get at the end.
 
         A second signal ends the process at once: what was not handled was not settled. Raises the error of a
         member that cannot go on (authentication, configuration, topology).
@@ -357,12 +360,12 @@ class AsyncPubSub:
         for number in signals:
             loop.add_signal_handler(number, on_signal, number)
         try:
-            await self.serve(stop)
+            await self.serve(stop, grace)
         finally:
             for number in signals:
                 loop.remove_signal_handler(number)
 
-    async def serve(self, stop: asyncio.Event) -> None:
+    async def serve(self, stop: asyncio.Event, grace: float = GRACE) -> None:
         """As `run`, until ``stop`` is set, without touching signals."""
         try:
             if not await _unless(stop, self._start(patient=True)):
@@ -373,7 +376,7 @@ class AsyncPubSub:
                         raise consumer.error
                 await _unless(stop, asyncio.sleep(0.5))
         finally:
-            await self.close()
+            await self.close(grace)
 
     async def ping(self) -> None:
         """One round trip to the broker. Raises ConnectionFailed or ConnectionLost where there is none."""

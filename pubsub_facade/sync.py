@@ -299,8 +299,12 @@ class PubSub:
         """Start a member for each handler, in the background. See `AsyncPubSub.start`."""
         self._call(self._here().start())
 
-    def run(self) -> None:
-        """`start`, handle until SIGTERM or SIGINT, then `close`. Call it from the main thread."""
+    def run(self, grace: float = GRACE) -> None:
+        """`start`, handle until SIGTERM or SIGINT, then `close`. Call it from the main thread.
+
+        Arguments:
+            grace: seconds that handlers in hand and unconfirmed messages get at the end.
+        """
         client = self._here()
         thread = _loop_thread()
         thread.check_caller()
@@ -318,7 +322,7 @@ class PubSub:
                 number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)
             }
         try:
-            thread.call(client.serve(stop))
+            thread.call(client.serve(stop, grace))
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
