@@ -18,15 +18,17 @@ from brokers.broker import ROOT, STATE, BrokerError
 
 FILE = ROOT / "docker-compose.test.yml"
 PROJECT = f"pubsub-{hashlib.sha256(str(ROOT).encode()).hexdigest()[:8]}"
-_NOTES = STATE / "compose"
+NOTES = STATE / "compose"
 
 
 def available() -> bool:
-    """Does a docker daemon answer, and is there the compose command?"""
-    if shutil.which("docker") is None:
-        return False
-    commands = (["docker", "info"], ["docker", "compose", "version"])
-    return all(_succeeds(command) for command in commands)
+    """Is there the compose command, and does a docker daemon answer?"""
+    return has_command() and _succeeds(["docker", "info"])
+
+
+def has_command() -> bool:
+    """Is there ``docker compose``? It parses files without a daemon."""
+    return shutil.which("docker") is not None and _succeeds(["docker", "compose", "version"])
 
 
 def _succeeds(command: Sequence[str]) -> bool:
@@ -37,8 +39,8 @@ def _succeeds(command: Sequence[str]) -> bool:
 
 
 def variables(name: str, at: Mapping[str, int]) -> dict[str, str]:
-    """What the compose file reads: ``PUBSUB_RABBITMQ_AMQP=25672`` and so on."""
-    return {f"PUBSUB_{name}_{port}".upper(): str(number) for port, number in at.items()}
+    """What the compose file reads: ``BROKERS_RABBITMQ_AMQP=25672`` and so on."""
+    return {f"BROKERS_{name}_{port}".upper(): str(number) for port, number in at.items()}
 
 
 def _compose(*arguments: str, environment: Mapping[str, str] | None = None) -> str:
@@ -58,7 +60,7 @@ def running() -> list[str]:
 
 def started(name: str) -> dict[str, int]:
     """The ports of a service this checkout started; empty where it did not."""
-    note = _NOTES / f"{name}.json"
+    note = NOTES / f"{name}.json"
     try:
         at: dict[str, int] = json.loads(note.read_text())
     except FileNotFoundError:
@@ -68,20 +70,20 @@ def started(name: str) -> dict[str, int]:
 
 def up(names: Sequence[str]) -> dict[str, dict[str, int]]:
     """Start these services and wait for their health checks; the ports of each. Running ones are left."""
-    chosen = {name: started(name) or ports.for_shared(name, _NOTES / name) for name in names}
+    chosen = {name: started(name) or ports.for_shared(name, NOTES / name) for name in names}
     environment = {key: value for name, at in chosen.items() for key, value in variables(name, at).items()}
     try:
         _compose("up", "--detach", "--wait", "--wait-timeout", "180", *names, environment=environment)
     except BrokerError as error:
         logs = _compose("logs", "--tail", "40", *names)
         raise BrokerError(f"{error}\n{logs}") from None
-    _NOTES.mkdir(parents=True, exist_ok=True)
+    NOTES.mkdir(parents=True, exist_ok=True)
     for name, at in chosen.items():
-        (_NOTES / f"{name}.json").write_text(json.dumps(at))
+        (NOTES / f"{name}.json").write_text(json.dumps(at))
     return chosen
 
 
 def down(name: str) -> None:
     """Stop a service that `up` started, and delete its container and what it stored."""
     _compose("rm", "--stop", "--force", "--volumes", name)
-    (_NOTES / f"{name}.json").unlink()
+    (NOTES / f"{name}.json").unlink()

@@ -1,6 +1,6 @@
 """Which loopback ports a broker listens on: fixed ones by default, others where these are taken.
 
-``PUBSUB_BROKERS_PORT_BASE=30000`` moves them all, so that two checkouts can run side by side. A chosen
+``BROKERS_PORT_BASE=30000`` moves them all, so that two checkouts can run side by side. A chosen
 port is written down beside the broker's data, and is kept over restarts.
 """
 
@@ -20,7 +20,7 @@ DEFAULTS: Mapping[str, Mapping[str, int]] = {
     "artemis": {"stomp": 27613, "console": 27161},
 }
 
-_BASE = "PUBSUB_BROKERS_PORT_BASE"
+_BASE = "BROKERS_PORT_BASE"
 _FREE = range(10_000, 20_000)
 
 

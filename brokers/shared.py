@@ -38,10 +38,10 @@ def native(name: str) -> Broker:
 
 
 def by_compose() -> bool:
-    """Is it compose that starts what is not up? ``PUBSUB_BROKERS=native|compose`` decides, else a daemon's answer."""
-    wish = os.environ.get("PUBSUB_BROKERS", "")
+    """Is it compose that starts what is not up? ``BROKERS_BY=native|compose`` decides, else a daemon's answer."""
+    wish = os.environ.get("BROKERS_BY", "")
     if wish not in ("", "native", "compose"):
-        raise BrokerError(f"PUBSUB_BROKERS={wish}: native or compose")
+        raise BrokerError(f"BROKERS_BY={wish}: native or compose")
     return wish == "compose" or (wish == "" and compose.available())
 
 

@@ -1,0 +1,71 @@
+# What a contributor types. Each target brings what it needs: the virtual environment, and with it the brokers.
+
+BACKEND ?= sqlite
+BROKERS ?= rabbitmq,kafka,activemq,artemis
+PYTEST_ARGS ?=
+SEED ?=
+MINUTES ?= 10
+PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
+
+IN := .venv/bin/python
+BROKER := $(patsubst activemq-virtual,activemq,$(filter-out sqlite memory,$(BACKEND)))
+
+.DEFAULT_GOAL := help
+.PHONY: help venv install-brokers brokers brokers-down demo check test test-unit test-pythons bench chaos soak docs
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 18
+
+venv: .venv/installed ## make .venv with the project and all it needs
+
+.venv/installed: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; PYTHON=/path/to/it names one" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+		$(PYTHON) -c 'from brokers.install import apt; apt(["python3-venv"])'
+	test -x $(IN) || $(PYTHON) -m venv .venv
+	$(IN) -m pip install --quiet --disable-pip-version-check --upgrade --constraint constraints.txt pip
+	$(IN) -m pip install --quiet --constraint constraints.txt --editable . --group dev
+	@touch $@
+
+install-brokers: ## install what the brokers in BROKERS lack (apt, Maven)
+	$(PYTHON) -m brokers install "$(BROKERS)"
+
+brokers: ## bring up the brokers in BROKERS; writes .brokers/pubsub.<broker>.toml
+	$(PYTHON) -m brokers up "$(BROKERS)"
+
+brokers-down: ## stop those that `make brokers` started
+	$(PYTHON) -m brokers down "$(BROKERS)"
+
+demo: venv ## the social example on BACKEND (sqlite, rabbitmq, kafka, activemq, activemq-virtual, artemis)
+	$(IN) -m brokers run "$(BROKER)" -- \
+		$(if $(BROKER),env PUBSUB_CONFIG=.brokers/pubsub.$(BACKEND).toml,env PUBSUB_BACKEND=$(BACKEND)) \
+		$(IN) examples/social/run.py
+
+check: venv ## format, lint, types
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+
+test: venv ## every test, on every broker in BROKERS: one that does not start fails the run
+	$(IN) -m brokers run "$(BROKERS)" -- \
+		env BROKERS="$(BROKERS)" $(IN) -m pytest $(PYTEST_ARGS)
+
+test-unit: venv ## the tests that need no broker
+	$(IN) -m pytest tests/unit $(PYTEST_ARGS)
+
+test-pythons: ## the tests that need no broker, on Python 3.12 and 3.13
+	.ci/pythons 3.12 3.13
+
+bench: venv ## each backend beside its raw driver
+	$(IN) -m brokers run "$(BROKERS)" -- $(IN) -m benchmarks
+
+chaos: venv ## the long chaos runs; SEED=n repeats one
+	$(IN) -m brokers run "$(BROKERS)" -- $(IN) -m tests.chaos $(if $(SEED),--seed $(SEED))
+
+soak: venv ## a steady rate on BACKEND for MINUTES
+	$(IN) -m brokers run "$(BROKER)" -- \
+		$(IN) -m tests.chaos.soak --backend $(BACKEND) --minutes $(MINUTES)
+
+docs: venv ## build the documentation into site/
+	.venv/bin/mkdocs build --strict
