@@ -79,7 +79,8 @@ def _maven(name: str) -> None:
     target = LIBRARIES / name
     shutil.rmtree(target, ignore_errors=True)
     pom = _MAVEN / name / "pom.xml"
-    _run(["mvn", "-q", "-B", "-f", str(pom), _GOALS[name], f"-DoutputDirectory={target}"])
+    into = [f"-DoutputDirectory={target}", f"-DmarkersDirectory={target / 'markers'}"]
+    _run(["mvn", "-q", "-B", "-f", str(pom), _GOALS[name], *into])
     (target / "pom.sha256").write_text(_fingerprint(name))
 
 
