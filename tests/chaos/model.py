@@ -1,0 +1,209 @@
+"""A tiny model of the contract, and a state machine that holds a backend against it, step by step.
+
+The model of a subscription is three sets of message ids: waiting, in hand, dead. Every step is something a user
+or the world can do; after each, what the backend hands out must be what the model says is there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+
+from pubsub_facade import AsyncPubSub, Backoff, ConnectionLost, Delivery, Settings, Stream
+from pubsub_facade.topics import matches
+
+T = TypeVar("T")
+
+TOPICS = ("a", "a.b", "a.c", "a.b.c", "b.c")
+PATTERNS = ("#", "a.*", "a.#", "*.c", "a.b.c", "#.c")
+NAMES = ("one", "two")
+MAX_ATTEMPTS = 3
+PATIENCE = 20.0  # s until something that must come has not come
+
+
+@dataclass
+class Expected:
+    """What one subscription holds, by the model."""
+
+    pattern: str
+    waiting: dict[str, int] = field(default_factory=dict)  # id -> attempt it must come with, at least
+    dead: set[str] = field(default_factory=set)
+    hand: dict[str, Delivery] = field(default_factory=dict)
+    stream: Stream | None = None
+
+
+class ContractMachine(RuleBasedStateMachine):
+    """Subclass it with ``settings``: a function that makes settings with a fresh namespace."""
+
+    settings: Callable[[str], Settings]
+
+    @initialize()
+    def connect(self) -> None:
+        self.loop = asyncio.new_event_loop()
+        self.pubsub = AsyncPubSub(type(self).settings(f"model-{uuid.uuid4().hex[:10]}"))
+        self.expected: dict[str, Expected] = {}
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        return self.loop.run_until_complete(asyncio.wait_for(coroutine, 2 * PATIENCE))
+
+    # -- what a user does -------------------------------------------------------------------------
+
+    @rule(name=st.sampled_from(NAMES), pattern=st.sampled_from(PATTERNS))
+    def declare(self, name: str, pattern: str) -> None:
+        known = self.expected.setdefault(name, Expected(pattern))
+        if known.stream is None:
+            self.run(self.pubsub.declare(known.pattern, subscription=name))
+
+    @rule(topic=st.sampled_from(TOPICS), count=st.integers(1, 3))
+    def publish(self, topic: str, count: int) -> None:
+        for _ in range(count):
+            message = self.run(self.pubsub.publish(topic, {"n": count}, key=topic))
+            for expected in self.expected.values():
+                if matches(expected.pattern, topic):
+                    expected.waiting[message.id] = 1
+
+    @precondition(lambda self: self.expected)
+    @rule(data=st.data())
+    def receive(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(sorted(self.expected)))
+        expected = self.expected[name]
+        if expected.waiting:
+            self._take(name)
+
+    def _take(self, name: str) -> Delivery:
+        expected = self.expected[name]
+        if expected.stream is None:
+            expected.stream = self.pubsub.subscribe(
+                expected.pattern,
+                subscription=name,
+                max_attempts=MAX_ATTEMPTS,
+                backoff=Backoff(initial=0.01, maximum=0.01),
+            )
+            self.run(expected.stream.__aenter__())
+        try:
+            delivery = self.run(expected.stream.receive(PATIENCE))
+        except TimeoutError:
+            raise AssertionError(
+                f"{name}: nothing came within {PATIENCE} s; waiting are {expected.waiting}"
+            ) from None
+        assert delivery.id in expected.waiting, (
+            f"{name} got {delivery!r}, which the model does not have waiting"
+        )
+        least = expected.waiting.pop(delivery.id)
+        assert delivery.attempt >= least, f"{delivery!r} came as attempt {delivery.attempt}, not {least}"
+        assert matches(expected.pattern, delivery.topic)
+        expected.hand[delivery.id] = delivery
+        return delivery
+
+    def _in_hand(self, data: st.DataObject) -> tuple[Expected, Delivery] | None:
+        holding = sorted(name for name, expected in self.expected.items() if expected.hand)
+        if not holding:
+            return None
+        expected = self.expected[data.draw(st.sampled_from(holding))]
+        return expected, expected.hand.pop(data.draw(st.sampled_from(sorted(expected.hand))))
+
+    @rule(data=st.data())
+    def ack(self, data: st.DataObject) -> None:
+        if found := self._in_hand(data):
+            self.run(found[1].ack())
+            self.run(found[1].ack())  # a second settlement does nothing
+
+    @rule(data=st.data())
+    def fail(self, data: st.DataObject) -> None:
+        if found := self._in_hand(data):
+            expected, delivery = found
+            self.run(delivery.retry())
+            if delivery.attempt >= MAX_ATTEMPTS:
+                expected.dead.add(delivery.id)
+            else:
+                expected.waiting[delivery.id] = delivery.attempt + 1
+
+    @rule(data=st.data())
+    def reject(self, data: st.DataObject) -> None:
+        if found := self._in_hand(data):
+            expected, delivery = found
+            self.run(delivery.reject("the model says so"))
+            expected.dead.add(delivery.id)
+
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        if found := self._in_hand(data):
+            expected, delivery = found
+            self.run(delivery.release())
+            expected.waiting[delivery.id] = 1
+
+    @precondition(lambda self: any(expected.dead for expected in self.expected.values()))
+    @rule(data=st.data())
+    def replay(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(sorted(name for name, each in self.expected.items() if each.dead)))
+        expected = self.expected[name]
+        id = data.draw(st.sampled_from(sorted(expected.dead)))
+        assert self.run(self.pubsub.dead_letters(name).replay([id])) == 1
+        expected.dead.discard(id)
+        expected.waiting[id] = 1
+
+    # -- what the world does ----------------------------------------------------------------------
+
+    @precondition(lambda self: any(expected.stream for expected in self.expected.values()))
+    @rule(data=st.data())
+    def leave(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(sorted(name for name, each in self.expected.items() if each.stream)))
+        self._leave(self.expected[name])
+
+    def _leave(self, expected: Expected) -> None:
+        stream, expected.stream = expected.stream, None
+        if stream is not None:
+            self.run(stream.close())
+        self._came_back(expected)
+
+    def _came_back(self, expected: Expected) -> None:
+        for id in expected.hand:
+            expected.waiting[id] = 1
+        expected.hand.clear()
+
+    @rule()
+    def lose_the_link(self) -> None:
+        supervisor = self.pubsub._supervisor
+        self.run(supervisor.lost(supervisor.epoch, ConnectionLost("the model cut it")))
+        for expected in self.expected.values():
+            self._came_back(expected)
+
+    # -- the end ----------------------------------------------------------------------------------
+
+    def teardown(self) -> None:
+        if not hasattr(self, "pubsub"):
+            return
+        try:
+            for name, expected in self.expected.items():
+                self._came_back_by_leaving(expected)
+                while expected.waiting:
+                    delivery = self._take(name)
+                    expected.hand.pop(delivery.id)
+                    self.run(delivery.ack())
+                dead = self.run(_ids(self.pubsub, name))
+                assert dead == sorted(expected.dead), f"{name}: dead letters {dead}, model {expected.dead}"
+        finally:
+            self.run(self._forget())
+            self.loop.close()
+
+    def _came_back_by_leaving(self, expected: Expected) -> None:
+        if expected.hand:
+            self._leave(expected)
+
+    async def _forget(self) -> None:
+        for expected in self.expected.values():
+            if expected.stream is not None:
+                await expected.stream.close()
+        for name in self.expected:
+            await self.pubsub.delete(name)
+        await self.pubsub.close()
+
+
+async def _ids(pubsub: AsyncPubSub, name: str) -> list[str]:
+    return sorted([letter.id async for letter in pubsub.dead_letters(name)])
