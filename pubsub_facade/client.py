@@ -67,6 +67,8 @@ class AsyncPubSub:
         self._publisher: Publisher | None = None
         self._members: list[tuple[Consumer, Workers]] = []
         self._streams: set[Stream] = set()
+        self.left = 0
+        """Deliveries that `close` gave back unfinished: the grace time ended before their handlers did."""
         self._closed = False
         self._closing: asyncio.Task[None] | None = None
 
@@ -370,6 +372,14 @@ class AsyncPubSub:
         try:
             if not await _unless(stop, self._start(patient=True)):
                 return
+            for consumer, _ in self._members:
+                subscription = consumer.subscription
+                log.info(
+                    "%s: receiving %s for %s",
+                    self._supervisor.backend.name,
+                    " ".join(subscription.patterns),
+                    subscription.label or "(ephemeral)",
+                )
             while not stop.is_set():
                 for consumer, _ in self._members:
                     if consumer.error is not None:
@@ -428,6 +438,7 @@ class AsyncPubSub:
             await consumer.settle(max(0.0, end - time.monotonic()))
             await workers.stop()
             left = await consumer.leave()
+            self.left += left
             if left:
                 log.warning(
                     "subscription %s: %d deliveries were not finished in time; they come again",

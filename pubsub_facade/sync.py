@@ -212,6 +212,10 @@ class PubSub:
             self._publish(client, prepared, timeout)
         return prepared
 
+    def prepare(self, message: Message) -> Message:
+        """A checked, encoded copy of ``message`` with id and time; nothing is sent. See `AsyncPubSub.prepare`."""
+        return self._client.prepare(message)
+
     def _publish(self, client: AsyncPubSub, messages: list[Message], timeout: float | None) -> None:
         thread = _loop_thread()
         thread.check_caller()
@@ -330,6 +334,11 @@ class PubSub:
     def ping(self) -> None:
         """One round trip to the broker. Raises ConnectionFailed or ConnectionLost where there is none."""
         self._call(self._here().ping())
+
+    @property
+    def left(self) -> int:
+        """Deliveries that `close` gave back unfinished."""
+        return self._client.left
 
     @property
     def state(self) -> State:
