@@ -20,28 +20,79 @@ from __future__ import annotations
 
 import pytest
 
-_CHAPTERS = ("_suite", "delivery", "patterns")
-pytest.register_assert_rewrite(*(f"{__name__}.{chapter}" for chapter in _CHAPTERS))
-
-from pubsub_facade.testing.conformance._suite import (  # noqa: E402 - asserts are rewritten from here on
-    DropNamespace,
-    SendForeign,
-    SettingsFactory,
-    Suite,
+_MODULES = (
+    "_suite",
+    "crash",
+    "dead_letters",
+    "delivery",
+    "filters",
+    "foreign",
+    "lifecycle",
+    "order",
+    "patterns",
+    "payloads",
+    "replay",
+    "retry",
+    "scale",
+    "subscriptions",
+    "sync",
 )
-from pubsub_facade.testing.conformance.delivery import Delivering  # noqa: E402
-from pubsub_facade.testing.conformance.patterns import Patterns  # noqa: E402
+pytest.register_assert_rewrite(*(f"{__name__}.{module}" for module in _MODULES))
+
+# ruff: noqa: E402 - asserts are rewritten in what is imported from here on
+from pubsub_facade.testing.conformance._suite import DropNamespace, SendForeign, SettingsFactory, Suite
+from pubsub_facade.testing.conformance.crash import Crashing
+from pubsub_facade.testing.conformance.dead_letters import DeadLettering
+from pubsub_facade.testing.conformance.delivery import Delivering
+from pubsub_facade.testing.conformance.filters import Filtering
+from pubsub_facade.testing.conformance.foreign import Foreign
+from pubsub_facade.testing.conformance.lifecycle import Lifecycle
+from pubsub_facade.testing.conformance.order import Ordering
+from pubsub_facade.testing.conformance.patterns import Patterns
+from pubsub_facade.testing.conformance.payloads import Payloads
+from pubsub_facade.testing.conformance.replay import Replay
+from pubsub_facade.testing.conformance.retry import Retrying
+from pubsub_facade.testing.conformance.scale import Scale
+from pubsub_facade.testing.conformance.subscriptions import Subscriptions
+from pubsub_facade.testing.conformance.sync import Sync
 
 __all__ = [
     "Conformance",
+    "Crashing",
+    "DeadLettering",
     "Delivering",
     "DropNamespace",
+    "Filtering",
+    "Foreign",
+    "Lifecycle",
+    "Ordering",
     "Patterns",
+    "Payloads",
+    "Replay",
+    "Retrying",
+    "Scale",
     "SendForeign",
     "SettingsFactory",
+    "Subscriptions",
     "Suite",
+    "Sync",
 ]
 
 
-class Conformance(Delivering, Patterns):
+class Conformance(
+    Delivering,
+    Patterns,
+    Subscriptions,
+    Retrying,
+    DeadLettering,
+    Ordering,
+    Filtering,
+    Payloads,
+    Replay,
+    Lifecycle,
+    Scale,
+    Sync,
+    Crashing,
+    Foreign,
+):
     """Every chapter of the contract."""

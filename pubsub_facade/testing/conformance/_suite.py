@@ -19,7 +19,7 @@ import pytest_asyncio
 
 from pubsub_facade.backends.base import Backend, Capabilities
 from pubsub_facade.client import AsyncPubSub
-from pubsub_facade.message import Delivery, HeaderValue
+from pubsub_facade.message import Delivery, HeaderValue, Message
 from pubsub_facade.settings import Settings
 from pubsub_facade.stream import Stream
 from pubsub_facade.subscription import Backoff, Subscription
@@ -129,6 +129,15 @@ async def eventually(holds: Callable[[], Awaitable[bool]], what: str) -> None:
         await asyncio.sleep(0.02)
 
 
+async def until(reached: Callable[[], bool], what: str) -> None:
+    """As `eventually`, for what is in this process."""
+
+    async def holds() -> bool:
+        return reached()
+
+    await eventually(holds, what)
+
+
 async def receive(stream: Stream, count: int, *, ack: bool = True) -> list[Delivery]:
     """The next ``count`` deliveries of a stream, acked."""
     received: list[Delivery] = []
@@ -205,6 +214,18 @@ class Bench:
 
         backend.open = opened  # type: ignore[method-assign]
         backend.declare = declared  # type: ignore[method-assign]
+
+    async def until_dead(self, subscription: str, count: int, **overrides: Any) -> list[Message]:
+        """Wait until the subscription has ``count`` dead letters; returns them."""
+        pubsub = self.client(**overrides)
+        letters: list[Message] = []
+
+        async def there() -> bool:
+            letters[:] = [letter async for letter in pubsub.dead_letters(subscription)]
+            return len(letters) >= count
+
+        await eventually(there, f"{count} dead letters of {subscription}")
+        return letters
 
     async def finish(self) -> None:
         """Close every client and remove all that was declared."""
