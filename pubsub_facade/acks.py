@@ -46,22 +46,48 @@ class LowWaterMark(Generic[Tag]):
             self._done[tag] = None
             return True
         line.popleft()
-        done, told = self._done, self._told
+        mark = self._rise()
+        self._mark = tag if mark is None else mark
+        self._fresh = True
+        return True
+
+    def settle_singly(self, tag: Tag) -> bool:
+        """As `settle`, where the broker has been told of this one alone (given back, dropped)."""
+        if tag not in self._open:
+            return False
+        self._open.remove(tag)
+        if self._line[0] != tag:
+            self._told.add(tag)
+            return True
+        self._line.popleft()
+        mark = self._rise()
+        if mark is not None:
+            self._mark = mark
+            self._fresh = True
+        return True
+
+    def _rise(self) -> Tag | None:
+        """Pass the settled at the head; the last of them that the broker was not told of singly."""
+        line, done, told = self._line, self._done, self._told
+        mark: Tag | None = None
         while line:
             head = line[0]
             if head in done:
                 del done[head]
+                mark = head
             elif head in told:
                 told.remove(head)
             else:
                 break
-            tag = line.popleft()
-        self._mark = tag
-        self._fresh = True
-        return True
+            line.popleft()
+        return mark
 
     def take_mark(self) -> Tag | None:
-        """The highest tag up to which all are settled, if it rose since the last call; else None."""
+        """The mark, if it rose since the last call; else None.
+
+        It is the highest tag up to which all are settled that was not told singly: a broker refuses to
+        settle "up to here" where "here" is settled already.
+        """
         if not self._fresh:
             return None
         self._fresh = False
