@@ -1,0 +1,241 @@
+"""The statements behind the outbox and the inbox, once for every framework: plain SQL over two callables.
+
+``%s`` stands for a value; whoever executes them translates it. Every statement is safe with any number of relays
+at once. Owns which rows may be claimed, and in which order; opens and ends no transaction.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from pubsub_facade.contrib.outbox import (
+    COLUMNS,
+    DELAYED,
+    FAILED,
+    PENDING,
+    RETRY,
+    SENT,
+    SHARDS,
+    SHARDS_AT_ONCE,
+    Lag,
+    Outcome,
+    Row,
+    row_of,
+)
+
+Query = Callable[[str, Sequence[Any]], Sequence[Sequence[Any]]]
+Change = Callable[[str, Sequence[Any]], int]
+
+AT_ONCE: Final = 500  # values in one statement
+MAX_HELD: Final = 500  # keys in trouble that a statement excludes; rows of further ones are excluded after it
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """How statements are executed: ``query`` returns rows, ``change`` how many rows it changed."""
+
+    query: Query
+    change: Change
+
+
+@dataclass(slots=True)
+class _Trouble:
+    """Rows that were refused: which may go again now, and which keys wait for one that may not overtake."""
+
+    due: list[int]
+    shards: set[int]
+    keys: list[str]
+
+
+class OutboxSql:
+    """Statements on one outbox.
+
+    Arguments:
+        table, shards: names of the two tables, quoted where they need it.
+        skip_locked: whether the database has ``FOR UPDATE SKIP LOCKED``; without it shards are leased.
+        insert_ignore: how the database spells an insert that leaves an existing row (see `ignoring`).
+    """
+
+    def __init__(self, table: str, shards: str, *, skip_locked: bool, vendor: str) -> None:
+        self._table = table
+        self._shards = shards
+        self._vendor = vendor
+        self.skip_locked = skip_locked
+
+    def seed(self, run: Run) -> None:
+        """Make the shards that are missing."""
+        there = {int(row[0]) for row in run.query(f"SELECT shard FROM {self._shards}", ())}
+        for shard in range(SHARDS):
+            if shard not in there:
+                run.change(
+                    ignoring(self._vendor, self._shards, ("shard", "owner", "leased_until"), ("shard",)),
+                    (shard, "", 0.0),
+                )
+
+    def with_work(self, run: Run, now: float) -> list[int]:
+        """Some shards that have rows to publish; a look without locks, in a transaction of its own."""
+        self._promote(run, now)
+        trouble = self._trouble(run, now, None)
+        held, values = self._not_held(trouble)
+        rows = run.query(
+            f"SELECT DISTINCT shard FROM (SELECT shard FROM {self._table} WHERE state = {PENDING}{held} "
+            f"ORDER BY id LIMIT {4 * AT_ONCE}) AS head",
+            values,
+        )
+        shards = sorted(trouble.shards | {int(row[0]) for row in rows})
+        turn = random.randrange(len(shards)) if shards else 0
+        return (shards[turn:] + shards[:turn])[:SHARDS_AT_ONCE]
+
+    def _promote(self, run: Run, now: float) -> None:
+        due = run.query(
+            f"SELECT id FROM {self._table} WHERE state = {DELAYED} AND due <= %s ORDER BY due LIMIT {AT_ONCE}",
+            (now,),
+        )
+        if due:
+            ids = [int(row[0]) for row in due]
+            run.change(
+                f"UPDATE {self._table} SET state = {PENDING} WHERE state = {DELAYED} AND id IN ({_marks(ids)})",
+                ids,
+            )
+
+    def lock(self, run: Run, shards: Sequence[int]) -> list[int]:
+        """Hold these shards until the transaction ends; those that somebody else holds are left out."""
+        rows = run.query(
+            f"SELECT shard FROM {self._shards} WHERE shard IN ({_marks(shards)}) FOR UPDATE SKIP LOCKED",
+            shards,
+        )
+        return [int(row[0]) for row in rows]
+
+    def lease(self, run: Run, shards: Sequence[int], owner: str, now: float, until: float) -> list[int]:
+        """Hold these shards until a time; must be the first statement of its transaction (SQLite)."""
+        run.change(
+            f"UPDATE {self._shards} SET owner = %s, leased_until = %s "
+            f"WHERE shard IN ({_marks(shards)}) AND leased_until <= %s",
+            (owner, until, *shards, now),
+        )
+        rows = run.query(
+            f"SELECT shard FROM {self._shards} WHERE owner = %s AND leased_until = %s", (owner, until)
+        )
+        return [int(row[0]) for row in rows]
+
+    def let_go(self, run: Run, owner: str) -> None:
+        """End the leases of ``owner``."""
+        run.change(f"UPDATE {self._shards} SET owner = '', leased_until = 0 WHERE owner = %s", (owner,))
+
+    def fetch(self, run: Run, shards: Sequence[int], now: float, limit: int) -> list[Row]:
+        """Due rows of held shards, by id: no row whose key has an earlier one in trouble."""
+        trouble = self._trouble(run, now, shards)
+        columns = ", ".join(COLUMNS)
+        found: list[Sequence[Any]] = []
+        if trouble.due:
+            due = trouble.due[:limit]
+            found += run.query(f"SELECT {columns} FROM {self._table} WHERE id IN ({_marks(due)})", due)
+        held, values = self._not_held(trouble)
+        found += run.query(
+            f"SELECT {columns} FROM {self._table} WHERE state = {PENDING} AND shard IN ({_marks(shards)}){held} "
+            f"ORDER BY id LIMIT {int(limit)}",
+            (*shards, *values),
+        )
+        rows = [row_of(values) for values in found]
+        if len(trouble.keys) > MAX_HELD:
+            keys, due_ids = set(trouble.keys), set(trouble.due)
+            rows = [row for row in rows if row.message.key not in keys or row.id in due_ids]
+        return sorted(rows, key=lambda row: row.id)[:limit]
+
+    def _trouble(self, run: Run, now: float, shards: Sequence[int] | None) -> _Trouble:
+        where = "" if shards is None else f" AND shard IN ({_marks(shards)})"
+        rows = run.query(
+            f"SELECT id, shard, message_key, due FROM {self._table} WHERE state = {RETRY}{where} ORDER BY id",
+            () if shards is None else shards,
+        )
+        trouble = _Trouble([], set(), [])
+        seen: set[str] = set()
+        for id, shard, key, due in rows:
+            if key is not None and key in seen:
+                continue  # behind an earlier one of its key
+            if key is not None:
+                seen.add(key)
+            if due <= now:
+                trouble.due.append(int(id))
+                trouble.shards.add(int(shard))
+        trouble.keys = list(seen)
+        return trouble
+
+    @staticmethod
+    def _not_held(trouble: _Trouble) -> tuple[str, Sequence[Any]]:
+        keys = trouble.keys[:MAX_HELD]
+        if not keys:
+            return "", ()
+        return f" AND (message_key IS NULL OR message_key NOT IN ({_marks(keys)}))", keys
+
+    def settle(self, run: Run, outcome: Outcome, now: float, *, keep: bool) -> None:
+        """Write what became of rows."""
+        for start in range(0, len(outcome.sent), AT_ONCE):
+            ids = outcome.sent[start : start + AT_ONCE]
+            if keep:
+                run.change(
+                    f"UPDATE {self._table} SET state = {SENT}, due = %s, error = '' WHERE id IN ({_marks(ids)})",
+                    (now, *ids),
+                )
+            else:
+                run.change(f"DELETE FROM {self._table} WHERE id IN ({_marks(ids)})", ids)
+        for id, due, error in outcome.retry:
+            run.change(
+                f"UPDATE {self._table} SET state = {RETRY}, attempts = attempts + 1, due = %s, error = %s "
+                "WHERE id = %s",
+                (due, error, id),
+            )
+        for id, error in outcome.failed:
+            run.change(
+                f"UPDATE {self._table} SET state = {FAILED}, attempts = attempts + 1, due = %s, error = %s "
+                "WHERE id = %s",
+                (now, error, id),
+            )
+
+    def next_due(self, run: Run) -> float | None:
+        """When the next row that waits for a time is due."""
+        dues = [
+            run.query(f"SELECT MIN(due) FROM {self._table} WHERE state = {state}", ())[0][0]
+            for state in (RETRY, DELAYED)
+        ]
+        return min((float(due) for due in dues if due is not None), default=None)
+
+    def lag(self, run: Run, now: float) -> Lag:
+        """How far behind."""
+        counts = dict.fromkeys((PENDING, RETRY, DELAYED, FAILED), 0)
+        for state, count in run.query(
+            f"SELECT state, COUNT(*) FROM {self._table} WHERE state <> {SENT} GROUP BY state", ()
+        ):
+            counts[int(state)] = int(count)
+        oldest = run.query(
+            f"SELECT MIN(due) FROM {self._table} WHERE state IN ({PENDING}, {RETRY}) AND due <= %s", (now,)
+        )[0][0]
+        return Lag(
+            counts[PENDING] + counts[RETRY] + counts[DELAYED],
+            counts[FAILED],
+            None if oldest is None else max(0.0, now - float(oldest)),
+        )
+
+    def prune(self, run: Run, before: float, limit: int) -> int:
+        """Delete some sent rows."""
+        rows = run.query(
+            f"SELECT id FROM {self._table} WHERE state = {SENT} AND due < %s ORDER BY due LIMIT {int(limit)}",
+            (before,),
+        )
+        ids = [int(row[0]) for row in rows]
+        return run.change(f"DELETE FROM {self._table} WHERE id IN ({_marks(ids)})", ids) if ids else 0
+
+
+def ignoring(vendor: str, table: str, columns: Sequence[str], unique: Sequence[str]) -> str:
+    """An insert of one row that does nothing, and changes 0 rows, where the unique columns are taken."""
+    names, values = ", ".join(columns), _marks(columns)
+    if vendor in ("mysql", "mariadb"):
+        return f"INSERT IGNORE INTO {table} ({names}) VALUES ({values})"
+    return f"INSERT INTO {table} ({names}) VALUES ({values}) ON CONFLICT ({', '.join(unique)}) DO NOTHING"
+
+
+def _marks(values: Sequence[Any]) -> str:
+    return ", ".join(["%s"] * len(values))
