@@ -9,7 +9,7 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 
 IN := .venv/bin/python
-BROKER := $(patsubst activemq-virtual,activemq,$(filter-out sqlite memory,$(BACKEND)))
+BROKER := $(patsubst activemq-virtual,activemq,$(filter-out sqlite,$(BACKEND)))
 
 .DEFAULT_GOAL := help
 .PHONY: help venv install-brokers brokers brokers-down demo check test test-unit test-pythons bench chaos soak docs
@@ -39,8 +39,7 @@ brokers-down: ## stop those that `make brokers` started
 
 demo: venv ## the social example on BACKEND (sqlite, rabbitmq, kafka, activemq, activemq-virtual, artemis)
 	$(IN) -m brokers run "$(BROKER)" -- \
-		$(if $(BROKER),env PUBSUB_CONFIG=.brokers/pubsub.$(BACKEND).toml,env PUBSUB_BACKEND=$(BACKEND)) \
-		$(IN) examples/social/run.py
+		$(if $(BROKER),env PUBSUB_CONFIG=$(CURDIR)/.brokers/pubsub.$(BACKEND).toml) $(IN) examples/social/run.py
 
 check: venv ## format, lint, types
 	.venv/bin/ruff format --check .
@@ -48,8 +47,7 @@ check: venv ## format, lint, types
 	.venv/bin/mypy
 
 test: venv ## every test, on every broker in BROKERS: one that does not start fails the run
-	$(IN) -m brokers run "$(BROKERS)" -- \
-		env BROKERS="$(BROKERS)" $(IN) -m pytest $(PYTEST_ARGS)
+	BROKERS="$(BROKERS)" $(IN) -m brokers run "$(BROKERS)" -- $(IN) -m pytest $(PYTEST_ARGS)
 
 test-unit: venv ## the tests that need no broker
 	$(IN) -m pytest tests/unit $(PYTEST_ARGS)

@@ -79,8 +79,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given.verb in ("restart", "kill", "pause", "resume"):
             _one(given.verb, given.name)
             return 0
-        names = shared.select(given.names if given.names is not None else os.environ.get("BROKERS"))
-        shared.left_out(names)
+        wish = os.environ.get("BROKERS")
+        names = shared.select(given.names if given.names is not None else wish)
+        if wish is not None and given.verb in ("up", "run"):
+            shared.left_out(names)
         if given.verb == "run":
             return _run_with(names, given.command[given.command[:1] == ["--"] :])
         if given.verb == "install":

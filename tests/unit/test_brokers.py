@@ -255,7 +255,8 @@ def test_a_port_that_only_listens_is_no_broker() -> None:
 
 def test_commands_run_without_brokers_return_their_exit_code() -> None:
     command = [sys.executable, "-m", "brokers", "run", "", "--", sys.executable, "-c", "raise SystemExit(7)"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "BROKERS": ""}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 7, done.stderr
     assert "LEFT OUT" in done.stderr
 
