@@ -26,6 +26,7 @@ from pubsub_facade.consumer import WINDOW
 from pubsub_facade.dead_letters import DeadLetters
 from pubsub_facade.errors import Closed, PubSubError
 from pubsub_facade.message import HeaderValue, Message
+from pubsub_facade.publisher import Done
 from pubsub_facade.settings import Settings
 from pubsub_facade.stream import Stream
 from pubsub_facade.subscribers import DEFAULT_BACKOFF, Subscribers
@@ -67,7 +68,7 @@ class _LoopThread:
 
     def __init__(self) -> None:
         self.loop = asyncio.new_event_loop()
-        self._line: deque[tuple[AsyncPubSub, list[Message], float, _Waiter]] = deque()
+        self._line: deque[tuple[AsyncPubSub, list[Message], float, Done]] = deque()
         self._awake = False
         self._thread = threading.Thread(target=self._run, name="pubsub-loop", daemon=True)
         self._thread.start()
@@ -87,21 +88,25 @@ class _LoopThread:
     def publish(self, client: AsyncPubSub, messages: list[Message], timeout: float) -> None:
         """Hand messages to the loop, with all that other threads hand over meanwhile, and wait for the confirm."""
         waiter = _Waiter()
-        self._line.append((client, messages, timeout, waiter))
+        self.submit(client, messages, timeout, waiter.done)
+        waiter.wait()
+
+    def submit(self, client: AsyncPubSub, messages: list[Message], timeout: float, done: Done) -> None:
+        """`publish` without the wait; ``done`` is called on this loop, as `Publisher.submit` says."""
+        self._line.append((client, messages, timeout, done))
         if not self._awake:
             self._awake = True
             self.loop.call_soon_threadsafe(self._drain)
-        waiter.wait()
 
     def _drain(self) -> None:
         self._awake = False
         line = self._line
         while line:
-            client, messages, timeout, waiter = line.popleft()
+            client, messages, timeout, done = line.popleft()
             try:
-                client.publisher().submit(messages, timeout, waiter.done)
+                client.publisher().submit(messages, timeout, done)
             except PubSubError as error:
-                waiter.done(error)
+                done(error)
 
     def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine on the loop and wait for its result; a KeyboardInterrupt here cancels it there."""

@@ -81,11 +81,18 @@ def _misuse(error: click.UsageError) -> int:
     return MISUSE
 
 
-def guarded(command: click.Command, arguments: Sequence[str]) -> int:
-    """Run ``command``; what it raises becomes a line and an exit code."""
-    options = Options()
+def guarded(
+    command: click.Command, arguments: Sequence[str], options: Options | None = None, name: str = "pubsub"
+) -> int:
+    """Run ``command``; what it raises becomes a line and an exit code.
+
+    Arguments:
+        options: with settings of a framework; None: the usual ones.
+        name: what the program is called.
+    """
+    options = options or Options()
     try:
-        result = command.main(list(arguments), "pubsub", standalone_mode=False, obj=options)
+        result = command.main(list(arguments), name, standalone_mode=False, obj=options)
         sys.stdout.flush()
         return result if isinstance(result, int) else OK
     except (Hangup, BrokenPipeError):
