@@ -319,10 +319,12 @@ class PubSub:
         thread.check_caller()
         stop = asyncio.Event()
         previous: dict[int, Any] = {}
+        seen: list[int] = []
 
         def on_signal(number: int, frame: FrameType | None) -> None:
-            if stop.is_set():
+            if seen:
                 os._exit(128 + number)
+            seen.append(number)
             log.info("signal %s: finishing what is in hand", signal.Signals(number).name)
             thread.loop.call_soon_threadsafe(stop.set)
 
