@@ -134,6 +134,7 @@ class SqliteSettings(_Section):
         max_payload: bytes of one encoded payload at most.
         lease: seconds that a member without a sign of life keeps what it was handed.
         retention: seconds that messages are kept for `seek` after every subscription has settled them.
+        history: messages kept for `seek` at most; what still waits for a subscription is always kept.
         busy_timeout: seconds to wait for another process's write.
         synchronous: ``full`` survives a power cut, ``normal`` only a crash of the process.
         max_size: bytes the file may grow to; None: as far as the disk goes.
@@ -143,6 +144,7 @@ class SqliteSettings(_Section):
     max_payload: int = Field(64 * MiB, ge=1, le=900 * MiB)
     lease: float = Field(30.0, gt=0)
     retention: float = Field(3600.0, ge=0)
+    history: int = Field(100_000, ge=0)
     busy_timeout: float = Field(30.0, gt=0)
     synchronous: Literal["full", "normal"] = "full"
     max_size: int | None = Field(None, ge=MiB)
