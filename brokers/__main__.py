@@ -47,11 +47,24 @@ def _run_with(names: Sequence[str], command: Sequence[str]) -> int:
     before = {name for name, state in shared.status(names) if state != "down"}
     try:
         shared.up(names)
-        return subprocess.run(command, check=False).returncode
+        return _await(command)
     except KeyboardInterrupt:
         return 130
     finally:
         shared.down([name for name in names if name not in before])
+
+
+def _await(command: Sequence[str]) -> int:
+    """The exit code of ``command``, which is left the time to clean up when we are told to end.
+
+    A terminal's SIGINT reaches it without us; SIGTERM reaches us only, and is passed on as the SIGINT that
+    test runners clean up after. Where SIGINT was ignored (a shell's background job), it no longer is.
+    """
+    signal.signal(signal.SIGINT, lambda number, frame: None)
+    child = subprocess.Popen(command)
+    signal.signal(signal.SIGTERM, lambda number, frame: child.send_signal(signal.SIGINT))
+    code = child.wait()
+    return code if code >= 0 else 128 - code
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

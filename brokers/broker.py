@@ -54,6 +54,7 @@ class Broker(ABC):
         self.listeners = tuple(listeners)
         self.ports = ports.for_instance(self.name, self.directory, wanted_ports)
         self.log = self.directory / f"{self.name}.log"
+        self._log_start = 0
         self.daemon = Daemon(
             self.directory / f"{self.name}.pid", self.log, self.environment(), self.account()
         )
@@ -101,6 +102,7 @@ class Broker(ABC):
         """Start the process unless it runs, and return at once."""
         if not self.running():
             self.configure()
+            self._log_start = self.log.stat().st_size if self.log.exists() else 0
             self.daemon.start(self.command())
 
     def wait_ready(self, timeout: float = READY) -> None:
@@ -113,8 +115,9 @@ class Broker(ABC):
             raise self.failure(f"{self.name} ended while starting")
 
     def failure(self, what: str) -> BrokerError:
-        """An error that carries the tail of the log."""
-        lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else ["(no log)"]
+        """An error that carries the tail of the log since the process was started."""
+        text = self.log.read_bytes()[self._log_start :] if self.log.exists() else b"(no log)"
+        lines = text.decode(errors="replace").splitlines()
         return BrokerError("\n".join([what, f"--- {self.log}", *lines[-40:]]))
 
     def kill(self) -> None:

@@ -267,3 +267,19 @@ def test_a_broker_that_does_not_start_shows_the_tail_of_its_log(tmp_path: Path) 
     broker.configure = lambda: None  # type: ignore[method-assign]
     with pytest.raises(BrokerError, match=r"(?s)kafka ended while starting.*kafka\.log"):
         broker.start(30)
+
+
+def test_a_command_run_with_brokers_is_left_the_time_to_clean_up_when_told_to_end(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys, time\n"
+        "try:\n    print('up', flush=True); time.sleep(60)\n"
+        "except KeyboardInterrupt:\n    print('cleaned', flush=True); sys.exit(3)\n"
+    )
+    command = [sys.executable, "-m", "brokers", "run", "", "--", sys.executable, str(script)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "up\n"
+        process.terminate()
+        assert process.stdout.read() == "cleaned\n"
+        assert process.wait(10) == 3
