@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from pubsub_facade import PubSub, Settings
+from pubsub_facade import PubSub, PubSubError, Settings
 
 HERE = Path(__file__).resolve().parent
 PUBSUB = str(Path(sys.executable).with_name("pubsub"))
@@ -146,33 +146,42 @@ def account(publisher: Part, members: list[Part], *, competing: bool) -> bool:
     return good
 
 
+def show(pubsub: PubSub) -> bool:
+    """Start everybody, let people post, end everybody; whether all went as promised."""
+    members: list[Part] = []
+    pubsub.declare("social.post.created", subscription="notifications")
+    pubsub.declare("social.post.*", subscription="analytics")
+    try:
+        publisher = play(members)
+        codes = {member.name: member.end() for member in members}
+    finally:
+        for member in members:
+            if member.process.poll() is None:
+                member.end()
+        pubsub.delete("notifications")
+        pubsub.delete("analytics")
+    good = account(publisher, members, competing=pubsub.capabilities.competing)
+    for name, code in codes.items():
+        if code != 0:
+            good = False
+            print(f"{name} ended with exit code {code}.")
+    return good
+
+
 def main() -> int:
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as directory:
-        environment(directory)
-        members: list[Part] = []
-        with PubSub() as pubsub:
-            settings = pubsub.settings
-            print(f"The social network on {settings.backend}, namespace {settings.namespace}\n")
-            try:
-                pubsub.declare("social.post.created", subscription="notifications")
-                pubsub.declare("social.post.*", subscription="analytics")
-                publisher = play(members)
-                codes = {member.name: member.end() for member in members}
-                good = account(publisher, members, competing=pubsub.capabilities.competing)
-                for name, code in codes.items():
-                    if code:
-                        good = False
-                        print(f"{name} ended with exit code {code}")
-            except Failed as error:
-                print(error, file=sys.stderr)
-                return 1
-            finally:
-                for member in members:
-                    if member.process.poll() is None:
-                        member.end()
-                pubsub.delete("notifications")
-                pubsub.delete("analytics")
+        try:
+            environment(directory)
+            with PubSub() as pubsub:
+                settings = pubsub.settings
+                print(
+                    f"The social network on {settings.backend}, namespace {settings.namespace}\n", flush=True
+                )
+                good = show(pubsub)
+        except (Failed, PubSubError) as error:
+            print(error, file=sys.stderr)
+            return 1
     print(
         f"{'All is well' if good else 'That is NOT what was promised'}, after {time.monotonic() - began:.1f} s."
     )
