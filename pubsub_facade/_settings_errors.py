@@ -13,7 +13,7 @@ from pydantic_core import ErrorDetails
 from pubsub_facade.address import MASK, mask
 from pubsub_facade.errors import ConfigError
 
-_SECRET: Final = re.compile(r"^url$|passw|secret|token|credential|(^|_)key$", re.IGNORECASE)
+_SECRET: Final = re.compile(r"(^|_)url$|passw|secret|token|credential|(^|_)key$", re.IGNORECASE)
 
 _SECTION_WANTED: Final = frozenset({"model_type", "model_attributes_type", "dict_type", "mapping_type"})
 
@@ -29,7 +29,7 @@ def masked(values: Any, name: str = "") -> Any:
         return {key: masked(value, str(key)) for key, value in values.items()}
     if isinstance(values, list | tuple):
         return [masked(value, name) for value in values]
-    if values is not None and is_secret(name) and name.lower() != "url":
+    if values is not None and is_secret(name) and not name.lower().endswith("url"):
         return MASK
     return mask(values) if isinstance(values, str) and "://" in values else values
 

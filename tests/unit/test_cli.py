@@ -965,7 +965,7 @@ def test_a_signal_drains_what_is_in_hand(
 def test_a_second_signal_ends_at_once_and_nothing_is_lost(
     app: Path, client: PubSub, start: Callable[..., Running]
 ) -> None:
-    running = start("run", "app:pubsub")
+    running = start("run", "app:pubsub", PUBSUB_SQLITE__LEASE="2")
     running.wait_for("receiving")
     client.publish("sync.x", "slow")
     wait_for_note(app, "begin slow")
