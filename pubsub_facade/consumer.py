@@ -184,6 +184,7 @@ class Consumer:
     async def leave(self) -> int:
         """Give back what is still unsettled and leave; returns how many were."""
         left = self._out + len(self._parking) + len(self._burying)
+        self._forget()  # what failed since it stopped receiving waits no longer
         if self._copier is not None:
             self._copier.cancel()
             await asyncio.wait([self._copier])
@@ -195,8 +196,8 @@ class Consumer:
 
     @property
     def receiving(self) -> bool:
-        """Whether the member is joined and has not failed."""
-        return self._receiver is not None and self.error is None and not self._stopping
+        """Whether the member is joined and neither failed nor about to end."""
+        return self._feed is not None and not (self._stopping or self._feed.cancelling() or self._feed.done())
 
     @property
     def _title(self) -> str:
@@ -207,6 +208,10 @@ class Consumer:
     def take(self) -> Delivery | None:
         """The next delivery, or None if there is none now; its outcome must be reported once."""
         while not self._stopping and (delivery := self._lanes.pop()) is not None:
+            if not delivery.receiver.hand_out(delivery):
+                delivery.settled = True
+                self._next(delivery)
+                continue
             if delivery.attempt > self.subscription.max_attempts and self.subscription.name is not None:
                 delivery.settled = True
                 self._bury(delivery, self._lost_with_its_process(delivery))
@@ -222,15 +227,22 @@ class Consumer:
             self._idle.append(future)
             try:
                 await future
-            finally:
-                if not future.done() or future.cancelled():
+            except asyncio.CancelledError:
+                if future in self._idle:
                     self._idle.remove(future)
+                elif not future.cancelled():
+                    self._wake()  # it was woken and leaves: what it was woken for is another's
+                raise
         return not self._stopping
 
     def _wake(self) -> None:
         idle = self._idle
-        for _ in range(min(len(idle), len(self._lanes))):
-            idle.popleft().set_result(None)
+        wanted = len(self._lanes)
+        while wanted and idle:
+            future = idle.popleft()
+            if not future.done():  # done: cancelled in this very turn of the loop
+                future.set_result(None)
+                wanted -= 1
 
     def _wake_all(self) -> None:
         while self._idle:
@@ -247,10 +259,18 @@ class Consumer:
             self._next(delivery)
 
     def given_back(self, delivery: Delivery) -> None:
-        """Nobody will handle it here: another member gets it."""
-        if self._close_account(delivery):
-            delivery.receiver.release(delivery)
-            self._next(delivery)
+        """Nobody will handle it here: another member gets it.
+
+        In an ordered subscription the others of its key are here, so it goes back to its place before them.
+        """
+        if not self._close_account(delivery):
+            return
+        if self._lanes.holds(delivery) and not self._stopping and delivery.receiver is self._receiver:
+            delivery.redelivered = True
+            self._again(delivery)
+            return
+        delivery.receiver.release(delivery)
+        self._next(delivery)
 
     def failed(self, delivery: Delivery, error: BaseException) -> asyncio.Future[None] | None:
         """Its handler raised; what that means is decided here, by contract 7 and 8.
@@ -309,11 +329,10 @@ class Consumer:
 
     def _failure(self, delivery: Delivery, error: BaseException) -> Failure:
         now = time.time()
-        reason = error.reason if isinstance(error, Reject) else str(error)
         return Failure(
             subscription=self.subscription.label,
             error_type=type(error).__name__,
-            error=str(reason)[:MAX_ERROR_TEXT].encode("utf-8", "replace").decode(),
+            error=_text_of(error)[:MAX_ERROR_TEXT].encode("utf-8", "replace").decode(),
             attempts=delivery.attempt,
             first_at=delivery.failure.first_at if delivery.failure is not None else now,
             last_at=now,
@@ -341,6 +360,9 @@ class Consumer:
         delivery.attempt += 1
         delivery.delay = 0
         delivery.redelivered = True
+        self._again(delivery)
+
+    def _again(self, delivery: Delivery) -> None:
         delivery.settled = False
         self._lanes.again(delivery)
         self._wake()
@@ -387,11 +409,10 @@ class Consumer:
             except ConnectionLost as error:
                 log.info("%s: link lost while storing %d copies: %s", self._title, len(mine), error)
             except Exception as error:
-                if receiver is self._receiver and not self._stopping:
-                    kept.extend(mine)
                 where = "retry" if park else "dead letter"
                 log.error("%s: %d messages not stored for %s, kept: %s", self._title, len(mine), where, error)
-                if kept:
+                if receiver is self._receiver and not self._stopping:
+                    kept.extend(mine)
                     continue
             for delivery in mine:
                 self._next(delivery)
@@ -437,3 +458,10 @@ class Consumer:
         stored = self.failed(delivery, Reject(reason))
         if stored is not None:
             await stored
+
+
+def _text_of(error: BaseException) -> str:
+    try:
+        return str(error.reason if isinstance(error, Reject) else error)
+    except Exception as broken:  # a user's error class: its text may be anything, also an error
+        return f"(an error without text: its __str__ raised {type(broken).__name__})"

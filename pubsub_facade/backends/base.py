@@ -103,6 +103,13 @@ class Receiver(ABC):
         standing by (another member is active) is waiting.
         """
 
+    def hand_out(self, delivery: Delivery) -> bool:
+        """Asked just before a handler gets it; False: it went to another member meanwhile, and is dropped.
+
+        For brokers that take back what waits in a member (Kafka's rebalance). Settling it does nothing.
+        """
+        return True
+
     @abstractmethod
     def ack(self, delivery: Delivery) -> None:
         """Settle: handled. Returns at once; merged, and flushed once per turn of the loop. Never raises."""
