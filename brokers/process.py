@@ -6,6 +6,7 @@ since is never signalled. Each process leads its own session, so that its childr
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -40,11 +41,26 @@ def _stat(pid: int) -> list[str] | None:
 
 
 def identify(pid: int) -> Identity | None:
-    """The identity of a living process; None where it is gone or only waits to be reaped."""
+    """The identity of a process; None where there is none of that pid."""
     fields = _stat(pid)
-    if fields is None or fields[0] in "ZX":
-        return None
-    return Identity(pid, int(fields[19]), _boot_id())
+    return None if fields is None else Identity(pid, int(fields[19]), _boot_id())
+
+
+def _has_ended(pid: int) -> bool:
+    """Is the process only waiting for its parent to ask how it ended? Where that is us, we ask."""
+    fields = _stat(pid)
+    if fields is None or fields[0] not in "ZX":
+        return fields is None
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(pid, os.WNOHANG)
+    return True
+
+
+class _Detached(subprocess.Popen[bytes]):
+    """A child that is to outlive this object: letting go of it is no leak to warn of."""
+
+    def __del__(self) -> None:
+        pass
 
 
 @dataclass(slots=True)
@@ -55,17 +71,14 @@ class Daemon:
     log: Path
     environment: Mapping[str, str] = field(default_factory=dict)
     user: str | None = None
-    _child: subprocess.Popen[bytes] | None = field(default=None, init=False)
 
     def pid(self) -> int | None:
         """The pid while the process lives and is the one that was started here; else None."""
-        if self._child is not None:
-            self._child.poll()
         try:
             known = Identity(**json.loads(self.pid_file.read_text()))
         except FileNotFoundError:
             return None
-        return known.pid if identify(known.pid) == known else None
+        return known.pid if identify(known.pid) == known and not _has_ended(known.pid) else None
 
     def start(self, command: Sequence[str]) -> None:
         """Run ``command`` unless the process runs. Standard output and error are appended to the log."""
@@ -73,7 +86,7 @@ class Daemon:
             return
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
-            self._child = subprocess.Popen(
+            child = _Detached(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -85,7 +98,7 @@ class Daemon:
                 group=self.user,
                 extra_groups=[] if self.user else None,
             )
-        identity = identify(self._child.pid)
+        identity = identify(child.pid)
         if identity is not None:
             record = {"pid": identity.pid, "started": identity.started, "boot": identity.boot}
             self.pid_file.write_text(json.dumps(record))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -220,6 +221,17 @@ def test_a_process_is_found_again_by_its_pid_file(daemon: Daemon) -> None:
     wait_until(lambda: "hello" in daemon.log.read_text(), 10, "its output")
     again.stop(10)
     assert daemon.pid() is None
+
+
+def test_a_process_may_outlive_what_started_it_without_a_warning(tmp_path: Path) -> None:
+    Daemon(tmp_path / "it.pid", tmp_path / "it.log").start(
+        [sys.executable, "-c", "import time; time.sleep(60)"]
+    )
+    gc.collect()  # a warning here would be an error
+    again = Daemon(tmp_path / "it.pid", tmp_path / "it.log")
+    assert again.pid() is not None
+    again.kill()
+    assert again.pid() is None
 
 
 def test_a_pid_that_belongs_to_somebody_else_now_is_not_signalled(daemon: Daemon) -> None:
