@@ -83,7 +83,7 @@ CREATE TABLE processes (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
     token TEXT NOT NULL,               -- its pipe in the directory beside the file
     pid INTEGER NOT NULL,
-    seen REAL NOT NULL
+    seen INTEGER NOT NULL              -- its last sign of life, milliseconds since the epoch
 );
 CREATE TABLE members (
     id INTEGER PRIMARY KEY AUTOINCREMENT,

@@ -44,7 +44,7 @@ class Upkeep:
         self._process = process
         self._pipes = pipes
         self._beat = time.monotonic()
-        self._seen: dict[int, tuple[float, float]] = {}  # process -> what it last said, and when we saw that
+        self._seen: dict[int, tuple[int, float]] = {}  # process -> what it last said, and when we saw that
         self._version: int | None = None
 
     def others_wrote(self, store: Store) -> bool:
@@ -102,11 +102,11 @@ class Upkeep:
         if now - self._beat < self._settings.lease / 3:
             return
         self._beat = now
-        beat = store.connection.execute("UPDATE processes SET seen = ? WHERE id = ?", (wall, self._process))
+        beat = store.connection.execute("UPDATE processes SET seen = ? WHERE id = ?", (int(wall * 1000), self._process))
         if beat.rowcount == 0:
             raise Reaped
 
-    def _is_dead(self, process: int, token: str, seen: float) -> bool:
+    def _is_dead(self, process: int, token: str, seen: int) -> bool:
         """By its pipe; else by its silence, measured on our own clock: wall clocks jump."""
         if self._pipes.alive(token) is False:
             return True
@@ -117,7 +117,7 @@ class Upkeep:
             return False
         return now - known[1] > self._settings.lease
 
-    def _reap(self, store: Store, process: int, token: str, seen: float) -> None:
+    def _reap(self, store: Store, process: int, token: str, seen: int) -> None:
         """Free what it had in hand, as the next attempt; its ephemeral subscriptions go."""
         if store.one("SELECT seen FROM processes WHERE id = ?", process) != seen:
             return

@@ -267,14 +267,14 @@ class Writer:
     def _enter(self) -> None:
         store = self._connect()
         self.pipes.open()
-        wall = time.time()
+        now = int(time.time() * 1000)
 
         def enter() -> None:
             self.process = store.one(
                 "INSERT INTO processes (token, pid, seen) VALUES (?, ?, ?) RETURNING id",
                 self.pipes.token,
                 os.getpid(),
-                wall,
+                now,
             )
 
         self._transact(store, enter, durable=False)
