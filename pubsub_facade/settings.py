@@ -234,9 +234,12 @@ class ActivemqSettings(_Section):
         flavor: ``classic`` or ``artemis``.
         subscriptions: Classic only. ``durable``: one active member, others stand by. ``virtual``: members
             compete (virtual topics).
-        heartbeat: seconds between signs of life, in each direction.
-        max_payload: bytes of one encoded payload at most.
-        scheduler: Classic only: whether the broker has ``schedulerSupport="true"``: retries and delays wait there.
+        heartbeat: seconds without a sign of life until a link is given up.
+        max_payload: bytes of one encoded payload at most; the broker's ``maxFrameSize`` must allow it.
+        scheduler: Classic only: whether the broker has ``schedulerSupport="true"``: retries and delays wait
+            there; False: retries wait in the member that gets them, and there is no delay.
+        admin_url: Classic only: the broker's Jolokia, as ``http://localhost:8161/api/jolokia/``; for backlogs
+            and for deleting virtual-topic subscriptions. User and password are the broker's unless it has its own.
     """
 
     url: Annotated[SecretUrl, check_address("stomp", "stomps", 61613)] = SecretUrl("stomp://localhost:61613")
@@ -245,9 +248,10 @@ class ActivemqSettings(_Section):
     tls: Tls = Tls()
     flavor: Literal["classic", "artemis"] = "classic"
     subscriptions: Literal["durable", "virtual"] = "durable"
-    heartbeat: float = Field(10.0, gt=0)
+    heartbeat: float = Field(10.0, ge=0.2, le=3600)
     max_payload: int = Field(16 * MiB, ge=1, le=100 * MiB)
     scheduler: bool = True
+    admin_url: Annotated[SecretUrl, check_address("http", "https", 8161)] | None = None
 
     @model_validator(mode="after")
     def _check_tls(self) -> Self:
