@@ -1,0 +1,498 @@
+"""The three forms of the ActiveMQ driver: what differs between them, and nothing else.
+
+`Durable` and `Virtual` are ActiveMQ Classic with durable topic subscriptions or with virtual topics, `Artemis`
+is Artemis. A form names destinations, says how to subscribe to them, and makes, sweeps and removes what is on
+the broker. Each fact it relies on was tried on a real broker and stands in ``docs/backends/activemq.md``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Final
+
+from pubsub_facade.backends._activemq_jolokia import Jolokia
+from pubsub_facade.backends._activemq_session import ANSWER, Session, next_of, store
+from pubsub_facade.backends._activemq_wire import FENCE, RECORD, SEED, Letter, foreign_id, one_word
+from pubsub_facade.backends._stomp import BrokerRefused, ClientBusy, Frame, Link, ack_frames
+from pubsub_facade.backends.base import Backlog
+from pubsub_facade.errors import PubSubError, TopologyConflict, UnsupportedFeature
+from pubsub_facade.settings import Settings
+
+EVERYTHING: Final = 1_000_000  # prefetch of a sweep
+STALE: Final = 60.0  # s after which another sweep's fence was left behind by a crash
+BUSY: Final = 3.0  # s to wait for a client-id that another process holds while it declares
+FRAME: Final = 512  # bytes a message is taken for where a broker counts its window in bytes
+
+Wanted = Callable[[Mapping[str, str]], bool]
+"""Of a message's headers: whether a sweep removes it."""
+
+
+def nothing(_: Mapping[str, str]) -> bool:
+    """Leave all."""
+    return False
+
+
+def everything(_: Mapping[str, str]) -> bool:
+    """Remove all."""
+    return True
+
+
+class Form(ABC):
+    """What one form calls things and how it does them.
+
+    A *place* is where a subscription's messages wait; it is named by its cover (`_activemq_record`).
+    Queues beside it, of kinds ``retry``, ``dead`` and ``record``, are the subscription's own.
+    """
+
+    competing: ClassVar[bool]
+
+    def __init__(self, settings: Settings) -> None:
+        self.space = one_word(settings.namespace)
+        self.settings = settings.activemq
+        self.notices = f"{self.space}$notice"  # a topic: names of subscriptions that were changed
+
+    def queue(self, kind: str, name: str) -> str:
+        """The name of a queue beside a subscription."""
+        return f"{self.space}${kind}.{name}"
+
+    @abstractmethod
+    def cover(self, pattern: str) -> str:
+        """The narrowest pattern the broker can express that means all topics of ``pattern``."""
+
+    @abstractmethod
+    def topic_lines(self, topic: str) -> str:
+        """Encoded header lines of a SEND to a topic."""
+
+    @abstractmethod
+    def queue_lines(self, queue: str) -> str:
+        """Encoded header lines of a SEND to a queue."""
+
+    @abstractmethod
+    def notice_lines(self) -> str:
+        """Encoded header lines of a SEND to `notices`."""
+
+    @abstractmethod
+    def topic_of(self, headers: Mapping[str, str]) -> str | None:
+        """The topic a frame was published on; None where only its own header tells."""
+
+    def cover_of(self, headers: Mapping[str, str], cover: str) -> str:
+        """The cover of the place a frame came from, which was received by the subscription to ``cover``."""
+        return cover
+
+    def client_id(self, name: str, cover: str) -> str | None:
+        """The identity a link must have to receive from a place; one link at a time can have it."""
+        return None
+
+    @abstractmethod
+    def from_place(self, name: str, cover: str, window: int, *, ordered: bool) -> dict[str, str]:
+        """Headers of the SUBSCRIBE to a place."""
+
+    @abstractmethod
+    def from_topics(self, cover: str, window: int, selector: str) -> dict[str, str]:
+        """Headers of an ephemeral SUBSCRIBE to topics."""
+
+    @abstractmethod
+    def from_notices(self) -> dict[str, str]:
+        """Headers of the SUBSCRIBE to `notices`."""
+
+    @abstractmethod
+    def from_queue(self, queue: str, window: int, *, exclusive: bool = False) -> dict[str, str]:
+        """Headers of the SUBSCRIBE to a queue."""
+
+    @abstractmethod
+    async def create(
+        self, session: Session, name: str, covers: Sequence[str], new: Sequence[str], *, ordered: bool
+    ) -> None:
+        """Make the subscription's places and queues exist so that a crash of the broker keeps them.
+
+        Arguments:
+            covers: all places.
+            new: those of them that no record knows yet.
+        """
+
+    @abstractmethod
+    async def remove(self, session: Session, name: str, covers: Sequence[str]) -> None:
+        """Remove places and queues with all they hold. Raises TopologyConflict while a member elsewhere holds one."""
+
+    @abstractmethod
+    async def sweep(self, session: Session, queue: str, wanted: Wanted) -> list[Frame]:
+        """All that a queue holds now, oldest first; what is ``wanted`` is removed, the rest stays as it is."""
+
+    async def records(self, session: Session, name: str) -> list[Frame]:
+        """The stored records of a subscription."""
+        return await self.sweep(session, self.queue("record", name), nothing)
+
+    @abstractmethod
+    async def count(self, session: Session, name: str, covers: Sequence[str]) -> Backlog:
+        """How much a subscription has before it."""
+
+
+class Classic(Form):
+    """What both forms on ActiveMQ Classic share."""
+
+    root: ClassVar[str]
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        self.jolokia = Jolokia.of(self.settings)
+
+    def cover(self, pattern: str) -> str:
+        words = pattern.split(".")
+        return ".".join([*words[: words.index("#")], "#"]) if "#" in words else pattern
+
+    def destination(self, cover: str) -> str:
+        """The topic, or wildcard over topics, that a cover means."""
+        return f"{self.root}{self.space}.{cover.replace('#', '>')}"
+
+    def topic_lines(self, topic: str) -> str:
+        return f"destination:/topic/{self.root}{self.space}.{topic}\npersistent:true\n"
+
+    def queue_lines(self, queue: str) -> str:
+        return f"destination:/queue/{queue}\npersistent:true\n"
+
+    def notice_lines(self) -> str:
+        return f"destination:/topic/{self.notices}\n"
+
+    def from_topics(self, cover: str, window: int, selector: str) -> dict[str, str]:
+        headers = {
+            "destination": f"/topic/{self.destination(cover)}",
+            "ack": "client-individual",
+            "activemq.prefetchSize": str(window),
+        }
+        return {**headers, "selector": selector} if selector else headers
+
+    def from_notices(self) -> dict[str, str]:
+        return {"destination": f"/topic/{self.notices}", "ack": "auto"}
+
+    def from_queue(self, queue: str, window: int, *, exclusive: bool = False) -> dict[str, str]:
+        return {
+            "destination": f"/queue/{queue}",
+            "ack": "client-individual",
+            "activemq.prefetchSize": str(window),
+            "activemq.exclusive": "true" if exclusive else "false",
+        }
+
+    async def sweep(self, session: Session, queue: str, wanted: Wanted) -> list[Frame]:
+        """A browser stops at 400 messages (``maxBrowsePageSize``), an exclusive consumer does not.
+
+        Everything before a fence of our own was there when we began. Sweeps wait for each other.
+        """
+        fence = uuid.uuid4().hex
+        link = session.main
+        frames: list[Frame] = []
+        acks: list[str] = []
+        try:
+            async with (
+                session.subscribed(self.from_queue(queue, EVERYTHING, exclusive=True)) as box,
+                asyncio.timeout(ANSWER),
+            ):
+                await store(link, [Letter(self.queue_lines(queue), {FENCE: fence}, b"")])
+                while True:
+                    frame = await next_of(box)
+                    headers = frame[0]
+                    if headers.get(FENCE) == fence:
+                        break
+                    if FENCE not in headers:
+                        frames.append(frame)
+                    if wanted(headers) if FENCE not in headers else _stale(headers):
+                        acks.append(headers["ack"])
+                link.write(ack_frames([*acks, headers["ack"]]))
+        except TimeoutError as error:
+            raise PubSubError(f"activemq: queue {queue} could not be read within {ANSWER:g} s") from error
+        return frames
+
+    async def records(self, session: Session, name: str) -> list[Frame]:
+        """Browsed: members ask for them often, and there are few."""
+        headers = {"destination": f"/queue/{self.queue('record', name)}", "browser": "true", "ack": "auto"}
+        frames: list[Frame] = []
+        async with session.subscribed(headers) as box:
+            while "browser" not in (frame := await next_of(box))[0]:
+                frames.append(frame)
+        return [frame for frame in frames if RECORD in frame[0]]
+
+    async def _empty(self, session: Session, name: str) -> None:
+        for kind in ("retry", "dead", "record"):
+            queue = self.queue(kind, name)
+            await self.sweep(session, queue, everything)
+            if self.jolokia is not None:
+                await self.jolokia.remove_queue(queue)
+
+    async def _dead(self, name: str) -> int | None:
+        assert self.jolokia is not None
+        return (await self.jolokia.queues([self.queue("dead", name)]))[0]
+
+
+def _stale(headers: Mapping[str, str]) -> bool:
+    return float(headers.get("timestamp", "0")) / 1000 < time.time() - STALE
+
+
+class Durable(Classic):
+    """Classic, durable topic subscriptions: the client-id makes one member active, the others stand by."""
+
+    competing = False
+    root = ""
+
+    def topic_of(self, headers: Mapping[str, str]) -> str | None:
+        return headers.get("destination", "").removeprefix(f"/topic/{self.space}.")
+
+    def client_id(self, name: str, cover: str) -> str | None:
+        return f"{self.space}${name}${cover}"
+
+    def from_place(self, name: str, cover: str, window: int, *, ordered: bool) -> dict[str, str]:
+        return {
+            "destination": f"/topic/{self.destination(cover)}",
+            "ack": "client-individual",
+            "activemq.prefetchSize": str(window),
+            "activemq.subscriptionName": self._subscription(name, cover),
+        }
+
+    def _subscription(self, name: str, cover: str) -> str:
+        return f"{name}${cover}"
+
+    async def create(
+        self, session: Session, name: str, covers: Sequence[str], new: Sequence[str], *, ordered: bool
+    ) -> None:
+        for cover in covers:
+            try:
+                link = await self._claim(session, name, cover, BUSY if cover in new else 0)
+            except ClientBusy:
+                continue  # a member is active there, so it exists
+            try:
+                await link.ask("SUBSCRIBE", {"id": "1", **self.from_place(name, cover, 0, ordered=ordered)})
+                if "*" in cover or "#" in cover:
+                    await link.ask("SUBSCRIBE", {"id": "2", **self._anchor(cover)})
+            finally:
+                await link.close()
+
+    def _anchor(self, cover: str) -> dict[str, str]:
+        """A topic of the wildcard, so that a restarted broker finds the durable subscription there again."""
+        topic = cover.replace("*", "~").replace("#", "~")
+        return {"destination": f"/topic/{self.destination(topic)}", "activemq.prefetchSize": "0"}
+
+    async def _claim(self, session: Session, name: str, cover: str, patience: float) -> Link:
+        end = time.monotonic() + patience
+        while True:
+            try:
+                return await session.connect(self.client_id(name, cover))
+            except ClientBusy:
+                if time.monotonic() >= end:
+                    raise
+                await asyncio.sleep(0.05)
+
+    async def remove(self, session: Session, name: str, covers: Sequence[str]) -> None:
+        for cover in covers:
+            try:
+                link = await self._claim(session, name, cover, BUSY)
+            except ClientBusy as error:
+                raise TopologyConflict(
+                    f"activemq: subscription {name!r} cannot be deleted while a member of it is active: "
+                    f"stop it first ({error})"
+                ) from error
+            try:
+                name_header = {"activemq.subscriptionName": self._subscription(name, cover)}
+                await link.ask("UNSUBSCRIBE", {"id": "1", **name_header})
+            except BrokerRefused as error:
+                if "No durable subscription exists" not in str(error):
+                    raise
+            finally:
+                await link.close()
+        await self._empty(session, name)
+
+    async def count(self, session: Session, name: str, covers: Sequence[str]) -> Backlog:
+        if self.jolokia is None:
+            return Backlog(None, None, None, None)
+        clients = [f"{self.space}${name}${cover}" for cover in covers]
+        pending, active = await self.jolokia.durable(clients)
+        retries, handed_out = await self.jolokia.queues([self.queue("retry", name)])
+        waiting = pending - active + retries - handed_out
+        return Backlog(max(0, waiting), active + handed_out, await self._dead(name), None)
+
+
+class Virtual(Classic):
+    """Classic, virtual topics: members compete for a queue that the broker feeds from the topics."""
+
+    competing = True
+    root = "VirtualTopic."
+
+    def topic_of(self, headers: Mapping[str, str]) -> str | None:
+        original = headers.get("original-destination")
+        return None if original is None else original.removeprefix(f"/topic/{self.root}{self.space}.")
+
+    def cover_of(self, headers: Mapping[str, str], cover: str) -> str:
+        """A consumer of a wide queue is fed from the narrower ones, too: their names are its wildcard's."""
+        tail = headers.get("destination", "").partition(f".{self.root}{self.space}.")[2]
+        return tail.replace(">", "#") or cover
+
+    def _line(self, name: str, cover: str) -> str:
+        return f"Consumer.{one_word(name)}.{self.destination(cover)}"
+
+    def from_place(self, name: str, cover: str, window: int, *, ordered: bool) -> dict[str, str]:
+        return self.from_queue(self._line(name, cover), window, exclusive=ordered)
+
+    async def create(
+        self, session: Session, name: str, covers: Sequence[str], new: Sequence[str], *, ordered: bool
+    ) -> None:
+        for cover in covers:
+            queue = self._line(name, cover)
+            if cover not in new:
+                async with session.subscribed(self.from_queue(queue, 0)):
+                    continue
+            # A queue that never held a message is forgotten when the broker restarts.
+            seed = uuid.uuid4().hex
+            headers = {**self.from_queue(queue, 1), "selector": f"seed = '{seed}'"}
+            async with session.subscribed(headers) as box, asyncio.timeout(ANSWER):
+                await store(session.main, [Letter(self.queue_lines(queue), {SEED: seed, "seed": seed}, b"")])
+                frame = await next_of(box)
+                session.main.write(ack_frames([frame[0]["ack"]]))
+
+    async def remove(self, session: Session, name: str, covers: Sequence[str]) -> None:
+        if self.jolokia is None:
+            raise UnsupportedFeature(
+                "activemq",
+                "deleting a subscription over STOMP with virtual topics: its queues would go on collecting",
+                "set admin_url in [activemq] to the broker's Jolokia, or remove in its console "
+                + ", ".join(self._line(name, cover) for cover in covers),
+            )
+        for cover in covers:
+            await self.jolokia.remove_queue(self._line(name, cover))
+        await self._empty(session, name)
+
+    async def count(self, session: Session, name: str, covers: Sequence[str]) -> Backlog:
+        if self.jolokia is None:
+            return Backlog(None, None, None, None)
+        queues = [*(self._line(name, cover) for cover in covers), self.queue("retry", name)]
+        size, handed_out = await self.jolokia.queues(queues)
+        return Backlog(max(0, size - handed_out), handed_out, await self._dead(name), None)
+
+
+class Artemis(Form):
+    """Artemis: a durable multicast queue for each place, made by management messages; its wildcards are ours."""
+
+    competing = True
+
+    def cover(self, pattern: str) -> str:
+        return pattern
+
+    def topic_lines(self, topic: str) -> str:
+        return f"destination:{self.space}.{topic}\ndestination-type:MULTICAST\npersistent:true\n"
+
+    def queue_lines(self, queue: str) -> str:
+        return f"destination:{queue}\ndestination-type:ANYCAST\npersistent:true\n"
+
+    def notice_lines(self) -> str:
+        return f"destination:{self.notices}\ndestination-type:MULTICAST\n"
+
+    def topic_of(self, headers: Mapping[str, str]) -> str | None:
+        return headers.get("destination", "").removeprefix(f"{self.space}.")
+
+    def _line(self, name: str, cover: str) -> str:
+        return f"{self.space}$sub.{name}${cover}"
+
+    def from_place(self, name: str, cover: str, window: int, *, ordered: bool) -> dict[str, str]:
+        return self._subscribe(f"{self.space}.{cover}::{self._line(name, cover)}", window)
+
+    def from_topics(self, cover: str, window: int, selector: str) -> dict[str, str]:
+        headers = self._subscribe(f"{self.space}.{cover}", window)
+        headers["subscription-type"] = "MULTICAST"
+        return {**headers, "selector": selector} if selector else headers
+
+    def from_notices(self) -> dict[str, str]:
+        return {"destination": self.notices, "subscription-type": "MULTICAST", "ack": "auto"}
+
+    def from_queue(self, queue: str, window: int, *, exclusive: bool = False) -> dict[str, str]:
+        return self._subscribe(queue, window)
+
+    def _subscribe(self, destination: str, window: int) -> dict[str, str]:
+        """The broker hands out while it has credit, in bytes: one byte is credit for one message."""
+        credit = 1 if window == 1 else window * FRAME
+        return {
+            "destination": destination,
+            "ack": "client-individual",
+            "consumer-window-size": str(credit),
+        }
+
+    async def create(
+        self, session: Session, name: str, covers: Sequence[str], new: Sequence[str], *, ordered: bool
+    ) -> None:
+        await self._keep_trying(session)
+        for kind in ("retry", "dead", "record"):
+            await self._create_queue(
+                session, self.queue(kind, name), None, **{"non-destructive": kind != "retry"}
+            )
+        for cover in covers:
+            made = await self._create_queue(
+                session, self._line(name, cover), f"{self.space}.{cover}", exclusive=ordered
+            )
+            if made.get("exclusive", ordered) != ordered:
+                change = {"name": self._line(name, cover), "exclusive": ordered}
+                await self._manage(session, "broker", "updateQueue", json.dumps(change))
+
+    async def _create_queue(
+        self, session: Session, queue: str, address: str | None, **options: bool
+    ) -> dict[str, object]:
+        configuration: dict[str, object] = {
+            "name": queue,
+            "address": address or queue,
+            "routing-type": "ANYCAST" if address is None else "MULTICAST",
+            "durable": True,
+            "auto-create-address": True,
+            "auto-delete": False,
+            **options,
+        }
+        made = json.loads(
+            await self._manage(session, "broker", "createQueue", json.dumps(configuration), True)
+        )
+        return made if isinstance(made, dict) else {}
+
+    async def _keep_trying(self, session: Session) -> None:
+        """By default Artemis puts aside what was handed out ten times to members that crashed (`docs`)."""
+        for match in (f"{self.space}.#", f"{self.space}$retry.#"):
+            known = json.loads(
+                await self._manage(session, "broker", "getAddressSettingsAsJSON", match.replace("#", "x"))
+            )
+            if known.get("maxDeliveryAttempts") != -1:
+                setting = json.dumps({"maxDeliveryAttempts": -1})
+                await self._manage(session, "broker", "addAddressSettings", match, setting)
+
+    async def remove(self, session: Session, name: str, covers: Sequence[str]) -> None:
+        queues = [self._line(name, cover) for cover in covers]
+        queues += [self.queue(kind, name) for kind in ("retry", "dead", "record")]
+        for queue in queues:
+            if await self._exists(session, queue):
+                await self._manage(session, "broker", "destroyQueue", queue, True, True)
+
+    async def _exists(self, session: Session, queue: str) -> bool:
+        found = await self._manage(session, "broker", "getQueueNames")
+        return queue in found
+
+    async def sweep(self, session: Session, queue: str, wanted: Wanted) -> list[Frame]:
+        """Dead letters and records are queues that reading leaves as they are; removing is management's."""
+        fence = uuid.uuid4().hex
+        frames: list[Frame] = []
+        if not await self._exists(session, queue):
+            return frames
+        headers = {**self._subscribe(queue, 1), "consumer-window-size": "-1"}
+        async with session.subscribed(headers) as box, asyncio.timeout(ANSWER):
+            await store(session.main, [Letter(self.queue_lines(queue), {FENCE: fence}, b"")])
+            while (frame := await next_of(box))[0].get(FENCE) != fence:
+                frames.append(frame)
+        gone = [frame[0] for frame in frames if wanted(frame[0]) or (FENCE in frame[0] and _stale(frame[0]))]
+        for each in (*gone, frame[0]):
+            await self._manage(session, f"queue.{queue}", "removeMessage", int(foreign_id(each)))
+        return [frame for frame in frames if FENCE not in frame[0]]
+
+    async def count(self, session: Session, name: str, covers: Sequence[str]) -> Backlog:
+        held = handed_out = 0
+        for queue in (*(self._line(name, cover) for cover in covers), self.queue("retry", name)):
+            held += await self._manage(session, f"queue.{queue}", "getMessageCount")
+            handed_out += await self._manage(session, f"queue.{queue}", "getDeliveringCount")
+        dead = await self._manage(session, f"queue.{self.queue('dead', name)}", "countMessages")
+        return Backlog(max(0, held - handed_out), handed_out, dead, None)
+
+    async def _manage(self, session: Session, resource: str, operation: str, *arguments: object) -> Any:
+        return await session.manage(resource, operation, *arguments, reply_to=f"{self.space}$reply")

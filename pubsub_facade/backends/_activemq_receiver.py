@@ -1,0 +1,407 @@
+"""One member of a subscription on ActiveMQ: its links, its window, and whether a message is the subscription's.
+
+The broker cannot hold our patterns and filters (`_activemq_record`), so each message is judged here by the
+stored record. Another process may have changed the record since it was read: a message is only ever turned
+down by a record read after the message came. No task per message: acks are written once a turn of the loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Final, Protocol
+
+from pubsub_facade.backends._activemq_forms import Form
+from pubsub_facade.backends._activemq_record import Record, places_for
+from pubsub_facade.backends._activemq_session import Session, store
+from pubsub_facade.backends._activemq_wire import Letter, MessageCodec, is_internal, reserved
+from pubsub_facade.backends._stomp import ClientBusy, Frame, Link, ack_frames
+from pubsub_facade.backends.base import Receiver
+from pubsub_facade.errors import ConnectionLost, PubSubError
+from pubsub_facade.filters import Filter
+from pubsub_facade.message import Delivery
+from pubsub_facade.subscription import Definition, Subscription
+
+STAND_BY: Final = 0.05, 1.0  # s between looks whether the active member has gone, from first to longest
+EARLY: Final = 1000  # messages received before their time at most (brokers without a scheduler)
+
+
+class Home(Protocol):
+    """What a receiver needs of its backend."""
+
+    session: Session
+    form: Form
+    codec: MessageCodec
+
+    async def record(self, name: str) -> Record | None: ...
+    def due_lines(self, delay: float) -> str: ...
+    def due_headers(self, delay: float) -> dict[str, str]: ...
+
+
+class _Source:
+    """A subscription on one link; ``cover`` names the place it receives from, None: the retry queue."""
+
+    __slots__ = ("acks", "cover", "link")
+
+    def __init__(self, link: Link, cover: str | None) -> None:
+        self.link = link
+        self.cover = cover
+        self.acks: list[str] = []
+
+
+_Tag = tuple[_Source, str, int]  # the value of the ack header; the order of coming
+
+
+class ActivemqReceiver(Receiver):
+    """Made by `join`; see there."""
+
+    def __init__(
+        self, home: Home, subscription: Subscription, window: int, forget: Callable[[ActivemqReceiver], None]
+    ) -> None:
+        self.subscription = subscription
+        self._home = home
+        self._window = window
+        self._forget = forget
+        self._loop = asyncio.get_running_loop()
+        self._links: list[Link] = []
+        self._sources: dict[str, _Source] = {}
+        self._notices = ""  # the id of the subscription to notices
+        self._record: Record | None = None
+        self._ready: deque[Delivery] = deque()
+        self._returned: list[Delivery] = []
+        self._doubtful: list[Delivery] = []  # turned down by a record that may be old
+        self._early: dict[Delivery, asyncio.TimerHandle] = {}
+        self._out = 0
+        self._sequence = itertools.count(1)
+        self._flushing = False
+        self._waiter: asyncio.Future[None] | None = None
+        self._standing_by: asyncio.Task[None] | None = None
+        self._renewing: asyncio.Task[None] | None = None
+        self._noticed = False
+        self._lost: ConnectionLost | None = None
+        self._closed = False
+
+    # -- joining ----------------------------------------------------------------------------------
+
+    async def join(self) -> None:
+        """Begin to receive, or to stand by where another member is active. Raises as `Backend.consume`."""
+        try:
+            await (self._attach_ephemeral() if self.subscription.name is None else self._attach())
+        except ClientBusy:
+            await self._detach()
+            self._standing_by = self._loop.create_task(self._stand_by(), name="pubsub-stand-by")
+        except BaseException:
+            await self._detach()
+            raise
+
+    async def _stand_by(self) -> None:
+        pause, longest = STAND_BY
+        while not self._closed:
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, longest)
+            try:
+                await self._attach()
+                return
+            except ClientBusy:
+                await self._detach()
+            except Exception as error:
+                self._cut(error if isinstance(error, ConnectionLost) else ConnectionLost(str(error)))
+                return
+
+    async def _attach(self) -> None:
+        name = self.subscription.label
+        record = await self._read_record()
+        lead = await self._link(self._home.form.client_id(name, record.places[0]))
+        self._notices = str(next(self._sequence))
+        await lead.ask("SUBSCRIBE", {**self._home.form.from_notices(), "id": self._notices})
+        self._record = record = await self._read_record()
+        form, window = self._home.form, self._window if self._home.due_lines(1) else EARLY
+        await self._receive_from(lead, None, form.from_queue(form.queue("retry", name), window))
+        for cover in record.places:
+            await self._add_place(cover)
+
+    async def _add_place(self, cover: str) -> None:
+        """Receive from a place; on Classic each further one needs a link with an identity of its own."""
+        name, form = self.subscription.label, self._home.form
+        assert self._record is not None
+        link = self._links[0]
+        client_id = form.client_id(name, cover)
+        if client_id is not None and cover != self._record.places[0]:
+            link = await self._link(client_id)
+        ordered = self.subscription.ordered
+        await self._receive_from(link, cover, form.from_place(name, cover, self._window, ordered=ordered))
+
+    async def _attach_ephemeral(self) -> None:
+        subscription, form = self.subscription, self._home.form
+        places = places_for(subscription.patterns, form.cover, ordered=subscription.ordered)
+        self._record = Record(Definition.first(subscription, 0), tuple(places))
+        selector = "" if subscription.filter is None else Filter.parse(subscription.filter).to_jms(_rename)
+        link = await self._link(None)
+        for cover in places:
+            await self._receive_from(link, cover, form.from_topics(cover, self._window, selector))
+
+    async def _link(self, client_id: str | None) -> Link:
+        link = await self._home.session.connect(client_id)
+        link.on_messages = self._take
+        link.on_lost = self._cut
+        self._links.append(link)
+        return link
+
+    async def _receive_from(self, link: Link, cover: str | None, headers: dict[str, str]) -> None:
+        id = str(next(self._sequence))
+        self._sources[id] = _Source(link, cover)
+        await link.ask("SUBSCRIBE", {**headers, "id": id})
+
+    async def _read_record(self) -> Record:
+        name = self.subscription.label
+        record = await self._home.record(name)
+        if record is None:
+            raise ConnectionLost(f"activemq: subscription {name!r} is not there any more")
+        return record
+
+    async def _detach(self) -> None:
+        links, self._links = self._links, []
+        for link in links:
+            link.on_lost = link.on_messages = _ignore
+        self._sources.clear()
+        await asyncio.gather(*(link.close() for link in links))
+
+    # -- frames in --------------------------------------------------------------------------------
+
+    def _take(self, frames: list[Frame]) -> None:
+        form, decode, record = self._home.form, self._home.codec.delivery, self._record
+        label = self.subscription.label
+        for headers, body in frames:
+            id = headers.get("subscription", "")
+            source = self._sources.get(id)
+            if source is None:
+                self._noticed = self._noticed or (id == self._notices and body.decode() == label)
+                continue
+            ack = headers.get("ack", "")
+            if is_internal(headers):
+                self._drop(source, ack)
+                continue
+            tag = (source, ack, next(self._sequence))
+            if source.cover is None:
+                delivery, due = decode(self, tag, label, None, headers, body)
+                self._accept(delivery, due)
+                continue
+            delivery, _ = decode(self, tag, label, form.topic_of(headers), headers, body)
+            if record is None:
+                self._doubtful.append(delivery)
+            elif record.owner(delivery.topic) == form.cover_of(headers, source.cover):
+                self._judge(delivery, record)
+            else:
+                self._drop(source, ack)  # a twin: the place that owns the topic has it too
+        if self._doubtful or self._noticed:
+            self._renew()
+        self._wake()
+
+    def _judge(self, delivery: Delivery, record: Record) -> None:
+        in_line = self.subscription.ordered and bool(self._doubtful or self._renewing)
+        if not in_line and record.definition.accepts(delivery.topic, delivery.headers, delivery.timestamp):
+            self._ready.append(delivery)
+        elif self.subscription.name is None:
+            self._drop(delivery.tag[0], delivery.tag[1])
+        else:
+            self._doubtful.append(delivery)
+
+    def _accept(self, delivery: Delivery, due: float) -> None:
+        wait = due - time.time() if due else 0.0
+        if wait > 0:
+            self._early[delivery] = self._loop.call_later(wait, self._ripen, delivery)
+        else:
+            self._ready.append(delivery)
+
+    def _ripen(self, delivery: Delivery) -> None:
+        del self._early[delivery]
+        self._ready.append(delivery)
+        self._wake()
+
+    # -- another record ---------------------------------------------------------------------------
+
+    def _renew(self) -> None:
+        if self._renewing is None and not self._closed:
+            self._renewing = self._loop.create_task(self._renewal(), name="pubsub-renewal")
+
+    async def _renewal(self) -> None:
+        """Read the record again until no message is in doubt; lives only while there is one."""
+        try:
+            while self._doubtful or self._noticed:
+                doubtful, self._doubtful = self._doubtful, []
+                self._noticed = False
+                try:
+                    record = await self._read_record()
+                except BaseException:
+                    self._doubtful[:0] = doubtful
+                    raise
+                known = self._record.places if self._record is not None else ()
+                self._record = record
+                for delivery in doubtful:
+                    if record.definition.accepts(delivery.topic, delivery.headers, delivery.timestamp):
+                        self._ready.append(delivery)
+                    else:
+                        self._drop(delivery.tag[0], delivery.tag[1])
+                for cover in record.places[len(known) :]:
+                    await self._add_place(cover)
+                self._wake()
+        except PubSubError as error:
+            self._cut(error if isinstance(error, ConnectionLost) else ConnectionLost(str(error)))
+        finally:
+            self._renewing = None
+
+    # -- handing out ------------------------------------------------------------------------------
+
+    async def receive(self) -> Sequence[Delivery]:
+        while True:
+            if self._lost is not None or self._closed:
+                raise ConnectionLost(str(self._lost or "activemq: this member has left")) from self._lost
+            if self._returned:
+                self._put_back()
+            room = self._window - self._out
+            if self._ready and room > 0:
+                count = min(room, len(self._ready))
+                self._out += count
+                return [self._ready.popleft() for _ in range(count)]
+            self._waiter = self._loop.create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+
+    def _put_back(self) -> None:
+        """What was given back goes to the front again, in the old order."""
+        self._returned.sort(key=lambda delivery: delivery.tag[2], reverse=True)
+        self._ready.extendleft(self._returned)
+        self._returned.clear()
+
+    def _wake(self) -> None:
+        waiter = self._waiter
+        if (
+            waiter is not None
+            and not waiter.done()
+            and (
+                self._lost is not None
+                or self._closed
+                or ((self._ready or self._returned) and self._out < self._window)
+            )
+        ):
+            waiter.set_result(None)
+
+    def _cut(self, error: ConnectionLost) -> None:
+        if self._lost is None and not self._closed:
+            self._lost = error
+            self._wake()
+
+    # -- settling ---------------------------------------------------------------------------------
+
+    def ack(self, delivery: Delivery) -> None:
+        tag: _Tag | None = delivery.tag
+        if tag is None:
+            return
+        delivery.tag = None
+        self._out -= 1
+        self._drop(tag[0], tag[1])
+        self._wake()
+
+    def _drop(self, source: _Source, ack: str) -> None:
+        source.acks.append(ack)
+        if not self._flushing:
+            self._flushing = True
+            self._loop.call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._flushing = False
+        for source in self._sources.values():
+            if source.acks:
+                source.link.write(ack_frames(source.acks))
+                source.acks.clear()
+
+    def release(self, delivery: Delivery) -> None:
+        """ActiveMQ has no way to give one back: it waits here again, and goes to others when this member leaves."""
+        tag: _Tag | None = delivery.tag
+        if tag is None:
+            return
+        again = Delivery(
+            self,
+            tag,
+            delivery.subscription,
+            delivery.topic,
+            delivery.body,
+            key=delivery.key,
+            headers=delivery.headers,
+            id=delivery.id,
+            content_type=delivery.content_type,
+            timestamp=delivery.timestamp,
+            attempt=delivery.attempt,
+            redelivered=True,
+            failure=delivery.failure,
+        )
+        delivery.tag = None
+        self._out -= 1
+        self._returned.append(again)
+        self._wake()
+
+    async def park(self, deliveries: Sequence[Delivery]) -> None:
+        home = self._home
+        lines = home.form.queue_lines(home.form.queue("retry", self.subscription.label))
+        letters = [
+            home.codec.copy(
+                each, lines + home.due_lines(each.delay), each.attempt + 1, home.due_headers(each.delay)
+            )
+            for each in deliveries
+        ]
+        await self._replace(deliveries, letters)
+
+    async def bury(self, deliveries: Sequence[Delivery]) -> None:
+        form = self._home.form
+        lines = form.queue_lines(form.queue("dead", self.subscription.label))
+        await self._replace(deliveries, [self._home.codec.copy(each, lines, 1) for each in deliveries])
+
+    async def _replace(self, deliveries: Sequence[Delivery], letters: Sequence[Letter]) -> None:
+        """Store the copies, then settle the originals."""
+        chosen = [
+            letter for delivery, letter in zip(deliveries, letters, strict=True) if delivery.tag is not None
+        ]
+        if not chosen:
+            return
+        if self._lost is not None or self._closed or not self._links:
+            raise ConnectionLost(str(self._lost or "activemq: this member has left"))
+        await store(self._links[0], chosen)
+        for delivery in deliveries:
+            self.ack(delivery)
+
+    async def flush(self) -> None:
+        self._flush()
+        for link in self._links:
+            if link.lost is None:
+                await link.drain()
+
+    async def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._forget(self)
+        self._flush()
+        self._wake()
+        for timer in self._early.values():
+            timer.cancel()
+        tasks = [task for task in (self._standing_by, self._renewing) if task is not None]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+        self._flush()
+        await self._detach()
+
+
+def _rename(name: str) -> str | None:
+    """User headers keep their names on the wire, unless they are reserved."""
+    return None if reserved(name) else name
+
+
+def _ignore(_: object) -> None:
+    return

@@ -1,0 +1,135 @@
+"""What ActiveMQ cannot remember of a subscription for us, as it is stored in a queue beside it. Pure.
+
+A subscription waits in *places*: durable subscriptions or queues on the broker, each of them fed by one
+cover, a pattern that the broker can express. Places are only ever added, because taking one away would
+take what waits in it. A topic may be in several; its owner is the first that covers it, and what comes
+from another place is its twin. So the same message is never accepted twice, whichever members know of
+which places, and no clock decides.
+
+Records are written beside each other and merged when read: two members that declare at once lose nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from pubsub_facade.errors import TopologyConflict
+from pubsub_facade.subscription import Definition, Era, Subscription
+from pubsub_facade.topics import covers, matches
+
+MAX_PLACES: Final = 8  # more patterns than that are taken together
+REMEMBERED: Final = 4096  # topics whose owner is remembered
+
+
+@dataclass(frozen=True)
+class Record:
+    """A subscription's definition and its places, oldest first, each named by its cover."""
+
+    definition: Definition
+    places: tuple[str, ...]
+    _owners: dict[str, str | None] = field(default_factory=dict, compare=False, repr=False)
+
+    @classmethod
+    def declared(cls, subscription: Subscription, old: Record | None, wanted: Sequence[str]) -> Record:
+        """The record after ``subscription`` is declared now; ``old`` itself if nothing changes.
+
+        Arguments:
+            wanted: the covers of its patterns.
+
+        Raises TopologyConflict where an ordered subscription would need a second place.
+        """
+        places = list(old.places) if old is not None else []
+        for cover in wanted:
+            if not any(covers(place, cover) for place in places):
+                places.append(cover)
+        if subscription.ordered and len(places) > 1:
+            raise TopologyConflict(
+                f"activemq: ordered subscription {subscription.name!r} listens to {', '.join(places[:-1])} "
+                f"and cannot keep its order over {places[-1]} beside it: delete it and declare it again, or "
+                "declare the new patterns under another name"
+            )
+        if old is None:
+            return cls(Definition.first(subscription, time.time()), tuple(places))
+        definition = old.definition.redeclared(subscription, time.time())
+        return old if definition is old.definition else cls(definition, tuple(places))
+
+    def owner(self, topic: str) -> str | None:
+        """The place whose copy of a message on ``topic`` counts; None: none of them."""
+        try:
+            return self._owners[topic]
+        except KeyError:
+            if len(self._owners) >= REMEMBERED:
+                self._owners.clear()
+            owner = next((place for place in self.places if matches(place, topic)), None)
+            self._owners[topic] = owner
+            return owner
+
+    def to_json(self) -> bytes:
+        """As UTF-8 JSON, at most a few KiB."""
+        return json.dumps(
+            {"places": self.places, "definition": json.loads(self.definition.to_json())}
+        ).encode()
+
+    @classmethod
+    def from_json(cls, text: bytes) -> Record:
+        """Read what `to_json` wrote; ValueError on anything else."""
+        try:
+            data = json.loads(text)
+            places = tuple(str(place) for place in data["places"])
+            return cls(Definition.from_json(json.dumps(data["definition"]).encode()), places)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not a subscription record: {text[:80]!r}") from error
+
+    @classmethod
+    def merged(cls, records: Sequence[Record]) -> Record | None:
+        """One record that knows what all of these know; None of none."""
+        if not records:
+            return None
+        if len(records) == 1:
+            return records[0]
+        places = dict.fromkeys(place for record in records for place in record.places)
+        eras = _in_order(era for record in records for era in record.definition.eras)
+        newest = records[-1].definition
+        return cls(Definition(eras[-Definition.KEPT :], newest.ordered), tuple(places))
+
+
+def _in_order(eras: Iterable[Era]) -> tuple[Era, ...]:
+    """The eras by time, those left out that change nothing."""
+    out: list[Era] = []
+    for era in sorted(eras, key=lambda era: era.since):
+        if not out or (set(out[-1].patterns), out[-1].filter) != (set(era.patterns), era.filter):
+            out.append(era)
+    return tuple(out)
+
+
+def places_for(patterns: Sequence[str], cover: Callable[[str], str], *, ordered: bool) -> list[str]:
+    """The covers of the places that a subscription to ``patterns`` needs.
+
+    Arguments:
+        cover: a pattern -> the narrowest that the broker can express and that means all its topics.
+        ordered: one place only, so that one line keeps the order over all topics.
+    """
+    wanted = list(dict.fromkeys(cover(pattern) for pattern in patterns))
+    needed = [
+        each for each in wanted if not any(other != each and covers(other, each) for other in wanted)
+    ] or wanted[:1]
+    if len(needed) > (1 if ordered else MAX_PLACES):
+        return [cover(together(needed))]
+    return needed
+
+
+def together(patterns: Sequence[str]) -> str:
+    """One cover of all patterns: the words they begin with in common, and all below."""
+    if len(patterns) == 1:
+        return patterns[0]
+    split = [pattern.split(".") for pattern in patterns]
+    common: list[str] = []
+    for words in zip(*split, strict=False):
+        if len(set(words)) > 1 or words[0] == "#":
+            break
+        common.append(words[0])
+    return ".".join([*common, "#"])
