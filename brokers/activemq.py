@@ -50,9 +50,10 @@ class Classic(Broker):
 
     @classmethod
     def settings(cls, ports: Mapping[str, int]) -> Mapping[str, str]:
+        admin = f'admin_url = "http://127.0.0.1:{ports["jolokia"]}/api/jolokia/"\n'
         return {
-            "activemq": stomp_settings(ports["stomp"], "classic", "durable"),
-            "activemq-virtual": stomp_settings(ports["stomp"], "classic", "virtual"),
+            "activemq": stomp_settings(ports["stomp"], "classic", "durable") + admin,
+            "activemq-virtual": stomp_settings(ports["stomp"], "classic", "virtual") + admin,
         }
 
     def command(self) -> list[str]:
