@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import random
 import time
 from collections import deque
@@ -37,6 +38,8 @@ from pubsub_facade.supervisor import Supervisor
 log = logging.getLogger("pubsub_facade")
 
 WINDOW: Final = 100  # deliveries unsettled at once, where nothing else is said
+REJOIN_MAX: Final = 1.0  # s between two tries to join, at most
+JOIN_PATIENCE: Final = 60.0  # s that a fault in the driver may keep a member from joining
 CLOSE_TIMEOUT: Final = 10.0  # s for a driver to leave
 MAX_ERROR_TEXT: Final = 2000  # characters kept of an error's text
 HOPELESS: Final = (AuthenticationFailed, ConfigError, TopologyConflict, UnsupportedFeature, Closed)
@@ -93,6 +96,7 @@ class Consumer:
 
     async def _run(self) -> None:
         pause = 0.0
+        failing = math.inf  # since when joining has not worked
         while not self._stopping:
             receiver = self._receiver
             assert receiver is not None
@@ -105,22 +109,25 @@ class Consumer:
                 log.error("%s: cannot receive, joining again: %s", self._title, error)
             except Exception:
                 log.exception("%s: fault in the driver, joining again", self._title)
-            pause = 0.0 if time.monotonic() - joined > 1 else min(max(pause * 2, 0.05), 5.0)
+            pause = 0.0 if time.monotonic() - joined > 1 else min(max(pause * 2, 0.05), REJOIN_MAX)
             self._forget()
             await self._leave(receiver)
             await asyncio.sleep(pause * random.uniform(0.5, 1))
             if self._stopping:
                 return
+            failing = min(failing, time.monotonic())
             try:
                 self._receiver = await self._supervisor.run(self._join, patient=True)
             except HOPELESS as error:
                 self._fail(error)
                 return
-            except Exception as error:  # a fault in the driver: told once, and tried again after a pause
+            except Exception as error:  # a fault in the driver: told, and tried again after a pause
                 log.exception("%s: cannot join", self._title)
-                if pause >= 5.0:
+                if time.monotonic() - failing > JOIN_PATIENCE:
                     self._fail(error)
                     return
+            else:
+                failing = math.inf
 
     async def _receive(self, receiver: Receiver) -> None:
         lanes = self._lanes
