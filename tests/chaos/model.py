@@ -24,7 +24,6 @@ TOPICS = ("a", "a.b", "a.c", "a.b.c", "b.c")
 PATTERNS = ("#", "a.*", "a.#", "*.c", "a.b.c", "#.c")
 NAMES = ("one", "two")
 MAX_ATTEMPTS = 3
-PATIENCE = 20.0  # s until something that must come has not come
 
 
 @dataclass
@@ -38,19 +37,26 @@ class Expected:
     stream: Stream | None = None
 
 
+def holding(machine: ContractMachine) -> bool:
+    """Whether any delivery is in hand."""
+    return any(expected.hand for expected in machine.expected.values())
+
+
 class ContractMachine(RuleBasedStateMachine):
     """Subclass it with ``settings``: a function that makes settings with a fresh namespace."""
 
     settings: Callable[[str], Settings]
+    patience = 20.0  # s until something that must come has not come
 
-    @initialize()
-    def connect(self) -> None:
+    @initialize(pattern=st.sampled_from(PATTERNS))
+    def connect(self, pattern: str) -> None:
         self.loop = asyncio.new_event_loop()
         self.pubsub = AsyncPubSub(type(self).settings(f"model-{uuid.uuid4().hex[:10]}"))
-        self.expected: dict[str, Expected] = {}
+        self.expected: dict[str, Expected] = {NAMES[0]: Expected(pattern)}
+        self.run(self.pubsub.declare(pattern, subscription=NAMES[0]))
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        return self.loop.run_until_complete(asyncio.wait_for(coroutine, 2 * PATIENCE))
+        return self.loop.run_until_complete(asyncio.wait_for(coroutine, 2 * self.patience))
 
     # -- what a user does -------------------------------------------------------------------------
 
@@ -68,12 +74,13 @@ class ContractMachine(RuleBasedStateMachine):
                 if matches(expected.pattern, topic):
                     expected.waiting[message.id] = 1
 
-    @precondition(lambda self: self.expected)
-    @rule(data=st.data())
-    def receive(self, data: st.DataObject) -> None:
-        name = data.draw(st.sampled_from(sorted(self.expected)))
-        expected = self.expected[name]
-        if expected.waiting:
+    @precondition(lambda self: any(expected.waiting for expected in self.expected.values()))
+    @rule(data=st.data(), count=st.integers(1, 3))
+    def receive(self, data: st.DataObject, count: int) -> None:
+        name = data.draw(
+            st.sampled_from(sorted(name for name, each in self.expected.items() if each.waiting))
+        )
+        for _ in range(min(count, len(self.expected[name].waiting))):
             self._take(name)
 
     def _take(self, name: str) -> Delivery:
@@ -87,10 +94,10 @@ class ContractMachine(RuleBasedStateMachine):
             )
             self.run(expected.stream.__aenter__())
         try:
-            delivery = self.run(expected.stream.receive(PATIENCE))
+            delivery = self.run(expected.stream.receive(self.patience))
         except TimeoutError:
             raise AssertionError(
-                f"{name}: nothing came within {PATIENCE} s; waiting are {expected.waiting}"
+                f"{name}: nothing came within {self.patience} s; waiting are {expected.waiting}"
             ) from None
         assert delivery.id in expected.waiting, (
             f"{name} got {delivery!r}, which the model does not have waiting"
@@ -101,42 +108,41 @@ class ContractMachine(RuleBasedStateMachine):
         expected.hand[delivery.id] = delivery
         return delivery
 
-    def _in_hand(self, data: st.DataObject) -> tuple[Expected, Delivery] | None:
-        holding = sorted(name for name, expected in self.expected.items() if expected.hand)
-        if not holding:
-            return None
-        expected = self.expected[data.draw(st.sampled_from(holding))]
+    def _in_hand(self, data: st.DataObject) -> tuple[Expected, Delivery]:
+        names = sorted(name for name, expected in self.expected.items() if expected.hand)
+        expected = self.expected[data.draw(st.sampled_from(names))]
         return expected, expected.hand.pop(data.draw(st.sampled_from(sorted(expected.hand))))
 
+    @precondition(holding)
     @rule(data=st.data())
     def ack(self, data: st.DataObject) -> None:
-        if found := self._in_hand(data):
-            self.run(found[1].ack())
-            self.run(found[1].ack())  # a second settlement does nothing
+        _, delivery = self._in_hand(data)
+        self.run(delivery.ack())
+        self.run(delivery.ack())  # a second settlement does nothing
 
+    @precondition(holding)
     @rule(data=st.data())
     def fail(self, data: st.DataObject) -> None:
-        if found := self._in_hand(data):
-            expected, delivery = found
-            self.run(delivery.retry())
-            if delivery.attempt >= MAX_ATTEMPTS:
-                expected.dead.add(delivery.id)
-            else:
-                expected.waiting[delivery.id] = delivery.attempt + 1
+        expected, delivery = self._in_hand(data)
+        self.run(delivery.retry())
+        if delivery.attempt >= MAX_ATTEMPTS:
+            expected.dead.add(delivery.id)
+        else:
+            expected.waiting[delivery.id] = delivery.attempt + 1
 
+    @precondition(holding)
     @rule(data=st.data())
     def reject(self, data: st.DataObject) -> None:
-        if found := self._in_hand(data):
-            expected, delivery = found
-            self.run(delivery.reject("the model says so"))
-            expected.dead.add(delivery.id)
+        expected, delivery = self._in_hand(data)
+        self.run(delivery.reject("the model says so"))
+        expected.dead.add(delivery.id)
 
+    @precondition(holding)
     @rule(data=st.data())
     def release(self, data: st.DataObject) -> None:
-        if found := self._in_hand(data):
-            expected, delivery = found
-            self.run(delivery.release())
-            expected.waiting[delivery.id] = 1
+        expected, delivery = self._in_hand(data)
+        self.run(delivery.release())
+        expected.waiting[delivery.id] = 1
 
     @precondition(lambda self: any(expected.dead for expected in self.expected.values()))
     @rule(data=st.data())
