@@ -1,0 +1,392 @@
+"""The link to a Kafka cluster: connections, metadata, one request at a time.
+
+Built on aiokafka's connection and protocol layer, not on its clients: those retry for ever and tell their
+log, while a driver has to raise (see docs/decisions). One broker out of reach is no lost link: metadata is
+asked for at the others, and whoever called tries again; ConnectionLost from `refresh` means that none answers.
+Creates no topic by accident.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import ssl
+import time
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, Final
+
+import aiokafka.errors as kafka_errors
+from aiokafka.conn import CloseReason, create_conn
+from aiokafka.protocol.coordination import FindCoordinatorRequest
+from aiokafka.protocol.metadata import MetadataRequest
+from aiokafka.protocol.offset import OffsetRequest
+
+from pubsub_facade.address import host_port, show_host
+from pubsub_facade.backends._kafka_records import TP
+from pubsub_facade.errors import AuthenticationFailed, ConnectionFailed, ConnectionLost
+from pubsub_facade.settings import KafkaSettings
+
+Link = tuple[str, int]
+"""A connection to each broker for one purpose: Kafka answers the requests of a connection one after another."""
+
+CONTROL: Final[Link] = ("control", 0)
+GROUP: Final[Link] = ("group", 0)
+PRODUCE: Final[Link] = ("produce", 0)
+READ: Final[Link] = ("read", 0)
+
+REQUEST_TIMEOUT: Final = 10.0  # seconds for an answer, where nothing else is said
+IDLE: Final = 540_000  # ms; brokers close idle connections after 600,000
+EARLIEST: Final = -2
+LATEST: Final = -1
+
+_LOST: Final = (kafka_errors.KafkaConnectionError, kafka_errors.NodeNotReadyError, OSError, TimeoutError)
+_REFUSED: Final = (
+    kafka_errors.SaslAuthenticationFailed,
+    kafka_errors.UnsupportedSaslMechanismError,
+    kafka_errors.IllegalSaslStateError,
+    kafka_errors.AuthenticationFailedError,
+    kafka_errors.ClusterAuthorizationFailedError,
+)
+
+
+class Cluster:
+    """Connections to the brokers of one cluster.
+
+    Arguments:
+        settings: ``[kafka]``.
+        connect_timeout: seconds for one attempt to connect.
+        slow: purpose -> seconds for an answer, for links whose requests wait at the broker.
+    """
+
+    def __init__(self, settings: KafkaSettings, connect_timeout: float, slow: Mapping[str, float]) -> None:
+        self.topics: dict[str, list[int]] = {}  # Kafka topic -> leader of each partition, -1: none now
+        self.version = 0  # counts changes of `topics`
+        self._settings = settings
+        self._connect_timeout = connect_timeout
+        self._slow = slow
+        self._tls = _context(settings) if settings.tls.wanted else None
+        self._bootstrap = [host_port(server, 9092) for server in settings.bootstrap_servers]
+        self._brokers: dict[int, tuple[str, int]] = {}
+        self._controller = -1
+        self._links: dict[tuple[int, Link], Any] = {}
+        self._connecting: dict[tuple[int, Link], asyncio.Lock] = {}
+        self._refreshing = asyncio.Lock()
+        self._refreshed = 0.0  # when the last refresh of all topics began
+        self._coordinators: dict[str, int] = {}
+        self._closed = False
+
+    def __str__(self) -> str:
+        return ",".join(show_host(*address) for address in self._bootstrap)
+
+    # -- life -------------------------------------------------------------------------------------
+
+    async def open(self) -> None:
+        """Learn the brokers from the first bootstrap server that answers, and reach one of them.
+
+        Raises ConnectionFailed or AuthenticationFailed.
+        """
+        if not self._bootstrap:
+            raise ConnectionFailed("kafka: no bootstrap_servers are set: give host:port of a broker")
+        try:
+            await self._ask_bootstrap()
+            await self.refresh(())
+        except ConnectionLost as error:
+            raise ConnectionFailed(
+                f"{error}; is Kafka running there, and are its listeners right?"
+            ) from error
+
+    async def close(self) -> None:
+        """Close every connection. Requests under way raise ConnectionLost."""
+        self._closed = True
+        links, self._links = list(self._links.values()), {}
+        for conn in links:
+            conn.close(reason=CloseReason.SHUTDOWN)
+
+    def drop(self, link: Link) -> None:
+        """Close the connections of one purpose."""
+        for key in [key for key in self._links if key[1] == link]:
+            self._links.pop(key).close(reason=CloseReason.SHUTDOWN)
+        for key in [key for key in self._connecting if key[1] == link and not self._connecting[key].locked()]:
+            del self._connecting[key]
+
+    # -- requests ---------------------------------------------------------------------------------
+
+    async def call(self, node: int, request: Any, link: Link = CONTROL, timeout: float | None = None) -> Any:
+        """One round trip to one broker. Raises ConnectionLost where that broker does not answer.
+
+        Arguments:
+            timeout: seconds, where it is shorter than the link's own.
+        """
+        conn = self._links.get((node, link))
+        if conn is None or not conn.connected():
+            conn = await self._connect(node, link)
+        try:
+            if timeout is None:
+                return await conn.send(request)
+            async with asyncio.timeout(timeout):
+                return await conn.send(request)
+        except _LOST as error:
+            conn.close(reason=CloseReason.CONNECTION_TIMEOUT)
+            raise ConnectionLost(f"kafka: {self._name(node)} does not answer: {_why(error)}") from error
+        except kafka_errors.KafkaError as error:
+            raise ConnectionLost(f"kafka: {self._name(node)}: {_why(error)}") from error
+
+    async def call_any(self, request: Any) -> Any:
+        """One round trip to whichever broker answers first asked. Raises ConnectionLost where none does."""
+        error: ConnectionLost | None = None
+        for node in self._nodes():
+            try:
+                return await self.call(node, request)
+            except ConnectionLost as raised:
+                error = raised
+        raise error or ConnectionLost(f"kafka: no broker of {self} is known")
+
+    async def call_controller(self, request: Any) -> Any:
+        """One round trip to the controller, or to a broker that passes the request on."""
+        if self._controller in self._brokers:
+            return await self.call(self._controller, request)
+        return await self.call_any(request)
+
+    async def coordinator(self, group: str) -> int:
+        """The broker that keeps a consumer group; asked for again after `coordinator_moved`."""
+        node = self._coordinators.get(group)
+        if node is not None and node in self._brokers:
+            return node
+        for pause in backoff(20.0):
+            response = await self.call_any(FindCoordinatorRequest(group, 0))
+            if not response.error_code:
+                if response.coordinator_id not in self._brokers:
+                    await self.refresh(())
+                self._coordinators[group] = response.coordinator_id
+                return int(response.coordinator_id)
+            check_rights(response.error_code, f"group {group!r}")
+            await asyncio.sleep(pause)
+        raise ConnectionLost(f"kafka: no broker keeps group {group!r} (error {response.error_code})")
+
+    def coordinator_moved(self, group: str) -> None:
+        """Ask again next time."""
+        self._coordinators.pop(group, None)
+
+    async def _connect(self, node: int, link: Link) -> Any:
+        if self._closed:
+            raise ConnectionLost("kafka: the link was closed")
+        key = (node, link)
+        async with self._connecting.setdefault(key, asyncio.Lock()):
+            conn = self._links.get(key)
+            if conn is not None and conn.connected():
+                return conn
+            if node not in self._brokers:
+                raise ConnectionLost(f"kafka: broker {node} is not part of the cluster any more")
+            conn = await self._dial(*self._brokers[node], self._slow.get(link[0], REQUEST_TIMEOUT))
+            if self._closed:
+                conn.close(reason=CloseReason.SHUTDOWN)
+                raise ConnectionLost("kafka: the link was closed")
+            self._links[key] = conn
+            return conn
+
+    async def _dial(self, host: str, port: int, timeout: float) -> Any:
+        settings = self._settings
+        sasl: dict[str, Any] = {}
+        if settings.username is not None:
+            sasl = {
+                "sasl_mechanism": settings.sasl_mechanism or "SCRAM-SHA-256",
+                "sasl_plain_username": settings.username,
+                "sasl_plain_password": settings.password.get_secret_value() if settings.password else "",
+            }
+        protocol = ("SASL_" if sasl else "") + ("SSL" if self._tls else "PLAINTEXT")
+        try:
+            async with asyncio.timeout(self._connect_timeout):
+                return await create_conn(
+                    host,
+                    port,
+                    client_id="pubsub-facade",
+                    request_timeout_ms=int(timeout * 1000),
+                    ssl_context=self._tls,
+                    security_protocol=protocol,
+                    max_idle_ms=IDLE,
+                    **sasl,
+                )
+        except _REFUSED as error:
+            raise AuthenticationFailed(
+                f"kafka: {show_host(host, port)} refused user {settings.username!r} "
+                f"({sasl.get('sasl_mechanism', 'no SASL')}): {_why(error)}; check username, password, sasl_mechanism"
+            ) from error
+        except (*_LOST, kafka_errors.KafkaError, AssertionError) as error:
+            raise ConnectionLost(
+                f"kafka: {show_host(host, port)} cannot be reached: {_why(error)}"
+            ) from error
+
+    def _nodes(self) -> list[int]:
+        """Known brokers, those with a live connection first."""
+        nodes = list(self._brokers)
+        random.shuffle(nodes)
+        live = {node for (node, link), conn in self._links.items() if link == CONTROL and conn.connected()}
+        return sorted(nodes, key=lambda node: node not in live)
+
+    def _name(self, node: int) -> str:
+        address = self._brokers.get(node)
+        return f"broker {node}" + (f" at {show_host(*address)}" if address else "")
+
+    # -- metadata ---------------------------------------------------------------------------------
+
+    async def refresh(self, names: Collection[str] | None) -> None:
+        """Learn the brokers, and the leaders of these Kafka topics (None: of all).
+
+        Topics that are not there are not created. Raises ConnectionLost where no broker answers.
+        """
+        asked = time.monotonic()
+        async with self._refreshing:
+            if self._refreshed > asked:
+                return  # whoever held the lock has asked for all topics meanwhile
+            began = time.monotonic()
+            request = MetadataRequest(None if names is None else list(names), False)
+            try:
+                response = await self.call_any(request)
+            except ConnectionLost:
+                await self._ask_bootstrap()
+                response = await self.call_any(request)
+            self._learn(response, names)
+            if names is None:
+                self._refreshed = began
+
+    async def _ask_bootstrap(self) -> None:
+        error: ConnectionLost | None = None
+        for host, port in self._bootstrap:
+            try:
+                conn = await self._dial(host, port, REQUEST_TIMEOUT)
+            except ConnectionLost as raised:
+                error = raised
+                continue
+            try:
+                self._learn(await conn.send(MetadataRequest([], False)), ())
+                return
+            except (*_LOST, kafka_errors.KafkaError) as raised:
+                error = ConnectionLost(f"kafka: {show_host(host, port)} does not answer: {_why(raised)}")
+                error.__cause__ = raised
+            finally:
+                conn.close(reason=CloseReason.SHUTDOWN)
+        assert error is not None
+        raise error
+
+    def _learn(self, response: Any, names: Collection[str] | None) -> None:
+        if not response.brokers:
+            raise ConnectionLost(f"kafka: {self} names no broker of its cluster yet")
+        self._brokers = {node: (host, port) for node, host, port, *_ in response.brokers}
+        self._controller = response.controller_id
+        found: dict[str, list[int]] = {}
+        for code, topic, internal, partitions in response.topics:
+            if partitions and not internal and code in (0, kafka_errors.LeaderNotAvailableError.errno):
+                leaders = {number: leader for _, number, leader, *_ in partitions}
+                found[topic] = [leaders.get(number, -1) for number in range(max(leaders) + 1)]
+        topics = found
+        if names is not None:
+            topics = {name: leaders for name, leaders in self.topics.items() if name not in names} | found
+        if topics != self.topics:
+            self.topics = topics
+            self.version += 1
+
+    def leader(self, tp: TP) -> int:
+        """The broker to ask for a partition; -1 where there is none now."""
+        leaders = self.topics.get(tp[0], ())
+        return leaders[tp[1]] if tp[1] < len(leaders) else -1
+
+    async def offsets(self, wanted: Mapping[TP, int]) -> dict[TP, int]:
+        """Offsets by time in ms since the epoch, or EARLIEST, or LATEST; -1 where nothing is that young."""
+        found: dict[TP, int] = {}
+        missing = dict(wanted)
+        for pause in backoff(20.0):
+            for node, tps in by_leader(self, missing).items():
+                if node < 0:
+                    continue
+                topics = by_topic({tp: missing[tp] for tp in tps})
+                try:
+                    response = await self.call(node, OffsetRequest(-1, 0, topics))
+                except ConnectionLost:
+                    continue
+                for topic, partitions in response.topics:
+                    for number, code, _, offset in partitions:
+                        if not code:
+                            found[(topic, number)] = offset
+                        else:
+                            check_rights(code, f"topic {topic!r}")
+            missing = {tp: time for tp, time in missing.items() if tp not in found}
+            if not missing:
+                return found
+            await self.refresh({topic for topic, _ in missing})
+            missing = {
+                tp: time for tp, time in missing.items() if tp[0] in self.topics
+            }  # not deleted meanwhile
+            if not missing:
+                return found
+            await asyncio.sleep(pause)
+        raise ConnectionLost(f"kafka: no leader tells the offsets of {sorted(missing)[:3]}")
+
+
+def by_leader(cluster: Cluster, tps: Iterable[TP]) -> dict[int, list[TP]]:
+    """Partitions grouped by the broker to ask."""
+    out: dict[int, list[TP]] = {}
+    for tp in tps:
+        out.setdefault(cluster.leader(tp), []).append(tp)
+    return out
+
+
+def by_topic(values: Mapping[TP, Any]) -> list[tuple[str, list[tuple[Any, ...]]]]:
+    """As Kafka's requests want it: topic, then (partition, value…) of each."""
+    out: dict[str, list[tuple[Any, ...]]] = {}
+    for (topic, number), value in values.items():
+        rest = value if isinstance(value, tuple) else (value,)
+        out.setdefault(topic, []).append((number, *rest))
+    return list(out.items())
+
+
+def backoff(limit: float) -> Iterable[float]:
+    """Pauses for trying again, in seconds, until about ``limit`` seconds have passed."""
+    end = time.monotonic() + limit
+    pause = 0.02
+    while True:
+        yield pause * random.uniform(0.5, 1)
+        if time.monotonic() > end:
+            return
+        pause = min(pause * 2, 1.0)
+
+
+def check_rights(code: int, what: str) -> None:
+    """Raise AuthenticationFailed where an answer says that we may not."""
+    error = kafka_errors.for_code(code)
+    if error in (
+        kafka_errors.TopicAuthorizationFailedError,
+        kafka_errors.GroupAuthorizationFailedError,
+        kafka_errors.ClusterAuthorizationFailedError,
+    ):
+        raise AuthenticationFailed(
+            f"kafka: this user has no right to use {what} ({error.__name__}): grant it"
+        )
+
+
+def explain(code: int) -> str:
+    """What an error code of an answer means."""
+    error = kafka_errors.for_code(code)
+    return f"{error.__name__}: {error.description}" if getattr(error, "description", "") else error.__name__
+
+
+def _why(error: BaseException) -> str:
+    return str(error) or type(error).__name__
+
+
+class _NamedContext(ssl.SSLContext):
+    """Checks the broker's certificate against one given name, whatever address it was reached at."""
+
+    expected: str | None = None
+
+    def wrap_bio(self, *args: Any, **options: Any) -> ssl.SSLObject:
+        options["server_hostname"] = self.expected
+        return super().wrap_bio(*args, **options)
+
+
+def _context(settings: KafkaSettings) -> ssl.SSLContext:
+    context = settings.tls.context()
+    if settings.tls.hostname is not None:
+        context.__class__ = _NamedContext
+        assert isinstance(context, _NamedContext)
+        context.expected = settings.tls.hostname
+    return context

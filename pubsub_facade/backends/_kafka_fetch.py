@@ -1,0 +1,244 @@
+"""Reading: ahead of a member on the partitions it holds, and a whole partition from end to end.
+
+One request to each broker is under way at a time and covers all its partitions that have room; while some
+have none, requests do not wait at the broker, so that a full partition is never held up by empty ones.
+What transactions aborted is not read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from typing import Any, Final
+
+import aiokafka.errors as kafka_errors
+from aiokafka.consumer.fetcher import READ_COMMITTED, PartitionRecords
+from aiokafka.protocol.fetch import FetchRequest
+from aiokafka.record.memory_records import MemoryRecords
+from aiokafka.structs import TopicPartition
+
+from pubsub_facade.backends._kafka_cluster import EARLIEST, READ, Cluster, Link, check_rights
+from pubsub_facade.backends._kafka_partition import Partition
+from pubsub_facade.backends._kafka_records import TP
+from pubsub_facade.errors import ConnectionLost, PubSubError
+
+FETCH_WAIT: Final = 1.0  # seconds a request waits at the broker for something to come
+FETCH_BYTES: Final = 8 << 20
+PARTITION_BYTES: Final = 1 << 20
+CROWDED: Final = 0.05  # seconds to wait for room, where some partitions have none and others are empty
+
+_GONE: Final = kafka_errors.UnknownTopicOrPartitionError.errno
+_OUT_OF_RANGE: Final = kafka_errors.OffsetOutOfRangeError.errno
+
+
+class Fetched:
+    """One partition's part of an answer."""
+
+    __slots__ = ("code", "end", "following", "number", "records", "size", "topic")
+
+    def __init__(self, version: int, topic: str, part: tuple[Any, ...], start: int) -> None:
+        number, code, end, *rest = part
+        aborted = rest[2] if version >= 11 else rest[-2]
+        data = rest[-1] or b""
+        self.topic: str = topic
+        self.number: int = number
+        self.code: int = code
+        self.end: int = end
+        self.size = len(data)
+        self.following = _following(data, start)  # the offset behind what came
+        tp = TopicPartition(topic, number)
+        self.records: Any = PartitionRecords(
+            tp, MemoryRecords(data), aborted, start, None, None, True, READ_COMMITTED
+        )
+
+
+def _following(data: bytes, start: int) -> int:
+    """The offset behind the last whole batch: base, length, magic and last delta are at fixed places."""
+    position, following = 0, start
+    while position + 27 <= len(data):
+        base, length = struct.unpack_from(">qi", data, position)
+        if position + 12 + length > len(data):
+            break
+        delta = struct.unpack_from(">i", data, position + 23)[0] if data[position + 16] >= 2 else 0
+        following = max(following, base + delta + 1)
+        position += 12 + length
+    return following
+
+
+def request(offsets: dict[TP, int], wait: float, size: int = PARTITION_BYTES) -> Any:
+    """A fetch request for these partitions from these offsets on.
+
+    Arguments:
+        wait: seconds to wait at the broker.
+        size: bytes of each partition; one batch always comes, whatever its size.
+    """
+    topics: dict[str, list[tuple[int, int, int]]] = {}
+    for (topic, number), offset in offsets.items():
+        topics.setdefault(topic, []).append((number, offset, size))
+    return FetchRequest(int(wait * 1000), 1, FETCH_BYTES, READ_COMMITTED, list(topics.items()))
+
+
+def answers(response: Any, offsets: dict[TP, int]) -> Iterator[Fetched]:
+    """The answer to `request`, partition by partition."""
+    for topic, partitions in response.topics:
+        for part in partitions:
+            yield Fetched(response.API_VERSION, topic, part, offsets[(topic, part[0])])
+
+
+async def read(cluster: Cluster, tp: TP, start: int, stop: int) -> AsyncIterator[Any]:
+    """The records of a partition from ``start`` up to before ``stop``; ends early where the topic is gone."""
+    position = start
+    while position < stop:
+        node = cluster.leader(tp)
+        if node < 0:
+            await cluster.refresh([tp[0]])
+            if tp[0] not in cluster.topics:
+                return
+            if cluster.leader(tp) < 0:
+                await asyncio.sleep(0.1)
+            continue
+        offsets = {tp: position}
+        response = await cluster.call(node, request(offsets, FETCH_WAIT), READ)
+        for fetched in answers(response, offsets):
+            if fetched.code == _OUT_OF_RANGE:
+                first = (await cluster.offsets({tp: EARLIEST})).get(tp, stop)
+                if first <= position:
+                    return  # shorter than we were told: the topic was made anew
+                position = first
+            elif fetched.code:
+                check_rights(fetched.code, f"topic {tp[0]!r}")
+                await cluster.refresh([tp[0]])
+                if tp[0] not in cluster.topics:
+                    return
+                await asyncio.sleep(0.1)
+            else:
+                for record in fetched.records:
+                    if record.offset >= stop:
+                        return
+                    yield record
+                position = max(position, fetched.records.next_fetch_offset)
+
+
+class Fetcher:
+    """Reads ahead for one member.
+
+    Arguments:
+        link: connections of its own: a request may wait at the broker.
+        came: called with a partition for which something came.
+        fail: called with what cannot be mended here.
+    """
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        link: Link,
+        came: Callable[[Partition], None],
+        fail: Callable[[PubSubError], None],
+    ) -> None:
+        self._cluster = cluster
+        self._link = link
+        self._came = came
+        self._fail = fail
+        self._partitions: list[Partition] = []
+        self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._room = asyncio.Event()
+
+    def assign(self, partitions: Iterable[Partition]) -> None:
+        """Read these and no others, each from its `fetch_from`."""
+        self._partitions = list(partitions)
+        self._stop()
+        self._start()
+
+    def room(self) -> None:
+        """A partition has room again."""
+        self._room.set()
+
+    async def close(self) -> None:
+        """Stop reading."""
+        tasks = list(self._tasks.values())
+        self._stop()
+        if tasks:
+            await asyncio.wait(tasks)
+
+    def _stop(self) -> None:
+        for task in self._tasks.values():
+            task.cancel()
+        if self._tasks:
+            self._cluster.drop(self._link)  # a request waiting at the broker would hold up the next one
+        self._tasks = {}
+
+    def _start(self) -> None:
+        loop = asyncio.get_running_loop()
+        for node in {self._cluster.leader(partition.tp) for partition in self._partitions}:
+            if node not in self._tasks:
+                self._tasks[node] = loop.create_task(self._run(node), name=f"pubsub-kafka-fetch-{node}")
+
+    async def _run(self, node: int) -> None:
+        try:
+            while True:
+                mine = [part for part in self._partitions if self._cluster.leader(part.tp) == node]
+                if not mine:
+                    del self._tasks[node]  # its leaders have moved
+                    return
+                if node < 0:
+                    await self._look_for_leaders()
+                else:
+                    await self._fetch(node, mine)
+        except PubSubError as error:
+            self._fail(error)
+
+    async def _fetch(self, node: int, mine: list[Partition]) -> None:
+        self._room.clear()
+        hungry = [partition for partition in mine if partition.hungry]
+        if not hungry:
+            await self._room.wait()
+            return
+        crowded = len(hungry) < len(mine)
+        offsets = {partition.tp: partition.fetch_from for partition in hungry}
+        try:
+            response = await self._cluster.call(
+                node, request(offsets, 0 if crowded else FETCH_WAIT), self._link
+            )
+        except ConnectionLost:
+            await self._look_for_leaders()
+            return
+        came, stale = await self._take(response, offsets, {partition.tp: partition for partition in hungry})
+        if stale:
+            await self._look_for_leaders()
+        elif crowded and not came:
+            try:
+                async with asyncio.timeout(CROWDED):
+                    await self._room.wait()
+            except TimeoutError:
+                return
+
+    async def _take(
+        self, response: Any, offsets: dict[TP, int], partitions: dict[TP, Partition]
+    ) -> tuple[bool, bool]:
+        came = stale = False
+        for fetched in answers(response, offsets):
+            tp = (fetched.topic, fetched.number)
+            partition = partitions[tp]
+            if partition.fetch_from != offsets[tp] or partition.held:
+                continue  # it was moved meanwhile
+            if fetched.code == _OUT_OF_RANGE:
+                first = (await self._cluster.offsets({tp: EARLIEST})).get(tp, 0)
+                partition.drop(first)
+            elif fetched.code:
+                check_rights(fetched.code, f"topic {fetched.topic!r}")
+                stale = True
+            elif fetched.following > offsets[tp]:
+                partition.feed(fetched.records, fetched.size, fetched.following)
+                came = True
+                self._came(partition)
+        return came, stale
+
+    async def _look_for_leaders(self) -> None:
+        """Leaders move, topics vanish: ask, and read on from whoever leads now."""
+        await asyncio.sleep(0.05)
+        await self._cluster.refresh({partition.tp[0] for partition in self._partitions})
+        gone = [part for part in self._partitions if part.tp[0] not in self._cluster.topics]
+        if gone:
+            self._partitions = [part for part in self._partitions if part not in gone]
+        self._start()

@@ -1,0 +1,64 @@
+"""Where a subscription is on each of its partitions: at its commit, else where it was pinned or moved to.
+
+What was never committed begins at the pin that its declaration stored, and a topic that has none began
+after the declaration, so that all of it counts. A pin older than the topic itself (deleted and made again)
+pins nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from pubsub_facade.backends._kafka_cluster import EARLIEST, LATEST, Cluster
+from pubsub_facade.backends._kafka_member import committed
+from pubsub_facade.backends._kafka_partition import Progress
+from pubsub_facade.backends._kafka_records import TP
+from pubsub_facade.backends._kafka_registry import Ends, Entry
+
+
+async def places(
+    cluster: Cluster, group: str, retry_topic: str, tps: Collection[TP], entry: Entry | None
+) -> dict[TP, Progress]:
+    """Where to go on, for each partition.
+
+    Arguments:
+        retry_topic: what waits there is dropped by a seek, whatever it seeks.
+        entry: what the registry holds of the subscription.
+    """
+    found = await committed(cluster, group, tps)
+    move = None if entry is None else entry.move
+    number = 0 if move is None else move.number
+    pins: dict[TP, Ends] = {}
+    times: dict[TP, int] = {}
+    for tp in tps:
+        known = found.get(tp)
+        if move is not None and (known is None or (known.moves is not None and known.moves < number)):
+            pins[tp] = move.ends
+            if tp[0] != retry_topic and move.to != "end":
+                times[tp] = EARLIEST if isinstance(move.to, str) else int(move.to * 1000)
+        elif known is None and entry is not None and (pin := entry.pin(tp)) is not None:
+            pins[tp] = pin
+    sought = await cluster.offsets(times) if times else {}
+    pinned = await _offsets(cluster, {tp: ends for tp, ends in pins.items() if sought.get(tp, -1) < 0})
+    for tp in pins:
+        found[tp] = Progress(sought[tp] if sought.get(tp, -1) >= 0 else pinned[tp])
+    places = {tp: found.get(tp) or Progress(0) for tp in tps}
+    for progress in places.values():
+        progress.moves = number
+    return places
+
+
+async def _offsets(cluster: Cluster, pins: Mapping[TP, Ends]) -> dict[TP, int]:
+    """The offsets of pins; 0 where the topic was made anew since, so that all in it is younger than the pin."""
+    offsets = {tp: ends.offsets.get(tp, 0) for tp, ends in pins.items()}
+    times = {tp: int(pins[tp].at * 1000) + 1 for tp, offset in offsets.items() if offset}
+    if not times:
+        return offsets
+    last = await cluster.offsets(dict.fromkeys(times, LATEST))
+    younger = await cluster.offsets(times)
+    doubtful = [tp for tp in times if 0 <= younger.get(tp, -1) < offsets[tp]]
+    first = await cluster.offsets(dict.fromkeys(doubtful, EARLIEST)) if doubtful else {}
+    for tp in times:
+        if last.get(tp, 0) < offsets[tp] or (tp in first and first[tp] == younger[tp]):
+            offsets[tp] = 0
+    return offsets
