@@ -195,7 +195,7 @@ class Delivery(Message):
         self.content_type = content_type
         self.timestamp = timestamp
         self.attempt = attempt
-        self.redelivered = redelivered
+        self.redelivered = redelivered or attempt > 1
         self.failure = failure
         self.delay = 0
         self.settled = False
