@@ -163,7 +163,7 @@ class AsyncPubSub:
                 f"payload of {len(prepared.body)} bytes on {message.topic!r} is over the limit of {limit} bytes of "
                 f"backend {self._supervisor.backend.name!r}: send a reference to it, or raise max_payload"
             )
-        prepared.timestamp = now = time.time()
+        prepared.timestamp = now = round(time.time(), 6)  # what published_at can say exactly, so that seek finds it
         prepared.id = message.id or new_id(now)
         return prepared
 
