@@ -33,7 +33,11 @@ class Stream:
             raise Closed("a stream is entered once: subscribe again")
         consumer = await self._join()
         self._consumer = consumer
-        await consumer.start()
+        try:
+            await consumer.start()
+        except BaseException:
+            self._leave(self)
+            raise
         return self
 
     async def __aexit__(
