@@ -51,7 +51,7 @@ class _Queue:
         self.ready: deque[_Entry] = deque()
         self.parked: list[_Entry] = []  # a heap by due time
         self.out: dict[int, tuple[_Entry, MemoryReceiver]] = {}
-        self.dead: dict[str, Message] = {}
+        self.dead: dict[int, Message] = {}  # by sequence: a foreign message has no id, twins share one
         self.receivers: list[MemoryReceiver] = []
         self.keys: dict[str, list[MemoryReceiver]] = {}  # ordered: key -> who has messages of it out
         self.define(subscription)
@@ -102,6 +102,12 @@ class _Queue:
             if not holders:
                 self.keys.pop(key, None)
         return entry
+
+    def forget_out(self) -> None:
+        """What is out settles nothing any more, and counts in no window."""
+        for _, receiver in self.out.values():
+            receiver.forget_one()
+        self.out.clear()
 
     def give_back(self, entries: Iterable[_Entry]) -> None:
         """Back to the line, each where it stood before it was handed out."""
@@ -387,16 +393,18 @@ class MemoryBackend(Backend):
             queue = self._space.queues.get(subscription)
             letters = [] if queue is None else list(queue.dead.values())
         for letter in letters:
-            yield letter
+            shown = _copy(letter)
+            shown.failure = letter.failure
+            yield shown
 
     async def discard(self, subscription: str, ids: Collection[str] | None) -> int:
         with self.hub.lock:
             queue = self._space.queues.get(subscription)
             if queue is None:
                 return 0
-            chosen = [id for id in queue.dead if ids is None or id in ids]
-            for id in chosen:
-                del queue.dead[id]
+            chosen = [place for place, letter in queue.dead.items() if ids is None or letter.id in ids]
+            for place in chosen:
+                del queue.dead[place]
             return len(chosen)
 
     async def seek(self, subscription: str, to: Position) -> None:
@@ -406,7 +414,7 @@ class MemoryBackend(Backend):
                 return
             since = to.timestamp() if isinstance(to, datetime) else None
             queue.parked.clear()
-            queue.out.clear()
+            queue.forget_out()
             queue.keys.clear()
             queue.ready = deque(
                 _Entry(self.hub.next(), message)
@@ -504,6 +512,10 @@ class MemoryReceiver(Receiver):
         elif not self._loop.is_closed():
             self._loop.call_soon_threadsafe(lambda: None if waiter.done() else waiter.set_result(None))
 
+    def forget_one(self) -> None:
+        """One delivery that is out belongs to this receiver no more."""
+        self._out -= 1
+
     def cut(self) -> None:
         """The queue is gone: `receive` raises ConnectionLost."""
         self._gone = True
@@ -551,7 +563,7 @@ class MemoryReceiver(Receiver):
                 if entry is not None:
                     letter = _copy(entry.message)
                     letter.failure = delivery.failure
-                    self._queue.dead[letter.id] = letter
+                    self._queue.dead[entry.sequence] = letter
 
     def hold(self, delivery: Delivery, wake: Callable[[Delivery], None]) -> Timer:
         with self._hub.lock:
