@@ -42,6 +42,10 @@ class Lanes:
         """The next delivery that may be handed out, or None."""
         return self._ready.popleft() if self._ready else None
 
+    def holds(self, delivery: Delivery) -> bool:
+        """Whether a delivery that is out has a lane: others of its key wait for it."""
+        return self._ordered and delivery.key is not None
+
     def again(self, delivery: Delivery) -> None:
         """A delivery that was out goes to the front of the line; its lane stays busy."""
         self._ready.appendleft(delivery)

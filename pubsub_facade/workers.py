@@ -8,6 +8,7 @@ own each way. Neither settles anything itself: each outcome goes to the `Consume
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections import deque
 from collections.abc import Awaitable
@@ -18,7 +19,10 @@ from pubsub_facade.consumer import Consumer
 from pubsub_facade.handler import Handler
 from pubsub_facade.message import Delivery
 
+log = logging.getLogger("pubsub_facade")
+
 TURN: Final = 32  # deliveries handled by one task before the loop gets a turn
+STOP_TIMEOUT: Final = 5.0  # s that a cancelled handler gets to end
 
 
 class Workers(Protocol):
@@ -84,6 +88,7 @@ class TaskWorkers:
         self._handler = handler
         self._concurrency = concurrency
         self._tasks: list[asyncio.Task[None]] = []
+        self._stopping = False
 
     def start(self) -> None:
         loop = self._consumer.loop
@@ -94,12 +99,33 @@ class TaskWorkers:
 
     async def stop(self) -> None:
         """End handlers still running; what they had in hand is given back."""
+        self._stopping = True
         for task in self._tasks:
             task.cancel()
         if self._tasks:
-            await asyncio.wait(self._tasks)
+            _, deaf = await asyncio.wait(self._tasks, timeout=STOP_TIMEOUT)
+            if deaf:
+                log.error("%d handlers %s do not end when cancelled", len(deaf), self._handler.name)
 
     async def _run(self) -> None:
+        while True:
+            try:
+                return await self._work()
+            except asyncio.CancelledError:
+                if self._ending():
+                    raise
+
+    def _ending(self) -> bool:
+        """Whether a cancellation is meant for this task; else it was a handler's own, and is undone here."""
+        task = asyncio.current_task()
+        assert task is not None
+        if task.cancelling() and (self._stopping or not self._consumer.receiving):
+            return True
+        while task.cancelling():
+            task.uncancel()
+        return False
+
+    async def _work(self) -> None:
         consumer = self._consumer
         turn = 0
         while True:
@@ -122,8 +148,7 @@ class TaskWorkers:
                 payload = handler.decode(delivery.body, delivery.content_type)
             await handler.call(payload, delivery)
         except asyncio.CancelledError as error:
-            task = asyncio.current_task()
-            if task is not None and task.cancelling():
+            if self._ending():
                 self._consumer.given_back(delivery)
                 raise
             self._consumer.failed(delivery, error)

@@ -40,7 +40,18 @@ _MODULES = (
 pytest.register_assert_rewrite(*(f"{__name__}.{module}" for module in _MODULES))
 
 # ruff: noqa: E402 - asserts are rewritten in what is imported from here on
-from pubsub_facade.testing.conformance._suite import DropNamespace, SendForeign, SettingsFactory, Suite
+from pubsub_facade.testing.conformance._suite import (
+    Bench,
+    DropNamespace,
+    Inbox,
+    SendForeign,
+    SettingsFactory,
+    Suite,
+    eventually,
+    nothing_more,
+    receive,
+    until,
+)
 from pubsub_facade.testing.conformance.crash import Crashing
 from pubsub_facade.testing.conformance.dead_letters import DeadLettering
 from pubsub_facade.testing.conformance.delivery import Delivering
@@ -57,6 +68,7 @@ from pubsub_facade.testing.conformance.subscriptions import Subscriptions
 from pubsub_facade.testing.conformance.sync import Sync
 
 __all__ = [
+    "Bench",
     "Conformance",
     "Crashing",
     "DeadLettering",
@@ -64,6 +76,7 @@ __all__ = [
     "DropNamespace",
     "Filtering",
     "Foreign",
+    "Inbox",
     "Lifecycle",
     "Ordering",
     "Patterns",
@@ -76,6 +89,10 @@ __all__ = [
     "Subscriptions",
     "Suite",
     "Sync",
+    "eventually",
+    "nothing_more",
+    "receive",
+    "until",
 ]
 
 
