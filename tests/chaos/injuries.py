@@ -68,6 +68,7 @@ def member_killed(world: World) -> None:
 
 def member_told_to_end(world: World) -> None:
     member = world.random.choice(world.members)
+    member.wait_receiving()
     code = member.terminate()
     assert code == 0, f"a member that was told to end ended with {code}"
     member.again()

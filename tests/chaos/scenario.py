@@ -77,7 +77,6 @@ def run(
     result = Result(form, seed, [])
     ends: list[float] = []
     with world.running():
-        asyncio.run(_declare(world))
         world.start_publishers()
         menu = list(injuries_for(form))
         while len(result.faults) < faults:
@@ -95,26 +94,6 @@ def run(
     result.longest_gap = _longest_gap(folder, ends)
     result.seconds = time.monotonic() - begin
     return result
-
-
-async def _declare(world: World) -> None:
-    async with AsyncPubSub(Settings.load(world.direct)) as pubsub:
-        if pubsub.capabilities.competing:  # elsewhere the members declare, and only one of them can
-            for subscription in SUBSCRIPTIONS:
-                await pubsub.declare("chaos.#", subscription=subscription)
-        else:
-            await _first_member(world)
-
-
-async def _first_member(world: World) -> None:
-    """Where one member is active, it is the one that declares: wait until it has said so."""
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
-        if (world.folder / "members.log").exists() and list(world.folder.glob("handled-*")):
-            await asyncio.sleep(3)
-            return
-        await asyncio.sleep(0.1)
-    raise TimeoutError("no member came up within 30 s")
 
 
 async def _settle_accounts(world: World, result: Result, patience: float) -> None:

@@ -58,6 +58,16 @@ class Process:
             self.popen.kill()
         self.popen.wait()
 
+    def wait_receiving(self, timeout: float = 60) -> None:
+        """Return once this process, a member, has said that it receives for both subscriptions."""
+        mark = f" {self.popen.pid} INFO "
+
+        def said() -> bool:
+            lines = self._log.read_text(errors="replace").splitlines()
+            return sum(mark in line and "receiving" in line for line in lines) >= 2
+
+        wait_until(said, timeout, f"process {self.popen.pid} to receive")
+
     def terminate(self, timeout: float = 40) -> int:
         """SIGTERM; returns the exit code."""
         if self.running:
@@ -105,6 +115,8 @@ class World:
         try:
             self._start_broker()
             self.members = [self._member() for _ in range(MEMBERS)]
+            for member in self.members:
+                member.wait_receiving()
             yield self
         finally:
             for process in (*self.publishers, *self.members):
