@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 
 import pytest
 
@@ -14,3 +15,11 @@ class TestMemory(Conformance):
     @pytest.fixture
     def backend_settings(self) -> SettingsFactory:
         return functools.partial(Settings.load, backend="memory")
+
+
+class TestSqlite(Conformance):
+    @pytest.fixture
+    def backend_settings(self, tmp_path: Path) -> SettingsFactory:
+        return functools.partial(
+            Settings.load, backend="sqlite", sqlite={"path": tmp_path / "pubsub.db", "lease": 1.0}
+        )

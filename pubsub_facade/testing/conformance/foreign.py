@@ -13,7 +13,7 @@ class Foreign(Suite):
     async def test_a_foreign_message_is_delivered(
         self, bench: Bench, send_foreign: SendForeign | None
     ) -> None:
-        send = _hook(send_foreign)
+        send = _hook(bench, send_foreign)
         pubsub = bench.client()
         async with pubsub.subscribe("social.#", subscription="analytics") as stream:
             await send(bench.settings(), "social.post", b"\xff raw", {"lang": "en"})
@@ -32,7 +32,7 @@ class Foreign(Suite):
     async def test_foreign_messages_are_retried_and_die_each_for_itself(
         self, bench: Bench, send_foreign: SendForeign | None
     ) -> None:
-        send = _hook(send_foreign)
+        send = _hook(bench, send_foreign)
         pubsub = bench.client()
         async with pubsub.subscribe("social.#", subscription="analytics", window=2) as stream:
             for body in (b"one", b"two"):
@@ -58,7 +58,7 @@ class Foreign(Suite):
     async def test_a_foreign_message_that_lies_in_our_headers_is_no_crash(
         self, bench: Bench, send_foreign: SendForeign | None
     ) -> None:
-        send = _hook(send_foreign)
+        send = _hook(bench, send_foreign)
         inbox = Inbox()
         pubsub = bench.client()
         pubsub.subscriber("social.#", subscription="analytics")(inbox)
@@ -74,12 +74,15 @@ class Foreign(Suite):
         }
         await send(bench.settings(), "social.post", b"{}", lies)
         await inbox.until(1)
-        assert (inbox.seen[0].payload, inbox.seen[0].attempt) == ({}, 1)
+        assert inbox.seen[0].payload in ({}, b"{}")
+        assert inbox.seen[0].attempt == 1
         after = await pubsub.publish("social.post", "ours")
         await inbox.until_ids([after.id])
 
 
-def _hook(send_foreign: SendForeign | None) -> SendForeign:
+def _hook(bench: Bench, send_foreign: SendForeign | None) -> SendForeign:
+    if not bench.capabilities.shared:
+        pytest.skip("capability shared is false")
     if send_foreign is None:
         pytest.skip("the fixture send_foreign is not given")
     return send_foreign
