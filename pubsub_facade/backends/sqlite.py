@@ -246,10 +246,14 @@ class SqliteReceiver(Receiver):
         return ready
 
     def wake(self) -> None:
-        """There may be something, also if a turn under way says there is not."""
+        """There may be something."""
+        self._call()
+        self._plan()
+
+    def _call(self) -> None:
+        """The next turn may find something, also if one under way finds nothing."""
         self._calls += 1
         self._empty = False
-        self._plan()
 
     def cut(self, error: PubSubError) -> None:
         """There is nothing more to come."""
@@ -390,7 +394,7 @@ class SqliteReceiver(Receiver):
         self._bytes -= len(delivery.body)
         if position == self._suspect:
             self._suspect = None
-            self._empty = False
+            self._call()
         return True
 
     def ack(self, delivery: Delivery) -> None:
