@@ -6,7 +6,8 @@ The full distribution serves Jolokia from its web console; here the agent answer
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from brokers import java, probe
 from brokers.broker import CONF, PASSWORD, USER, Broker, BrokerError
@@ -24,6 +25,22 @@ class Classic(Broker):
     """One broker, with the scheduler, simple authentication and no anonymous access."""
 
     name = "activemq"
+
+    def __init__(
+        self,
+        directory: Path,
+        wanted_ports: Mapping[str, int] | None = None,
+        *,
+        extra: Sequence[str] = (),
+        listeners: Sequence[str] = (),
+        store: Path | None = None,
+    ) -> None:
+        """``store``: where the messages are; two brokers on one are primary and standby.
+
+        The standby is `launch`-ed: it is ready only once the other has let go of the store.
+        """
+        super().__init__(directory, wanted_ports, extra=extra, listeners=listeners)
+        self.store = (store or self.directory / "data").resolve()
 
     @property
     def console_url(self) -> str:
@@ -60,7 +77,7 @@ class Classic(Broker):
         properties = {
             "pubsub.name": f"pubsub-{self.ports['stomp']}",
             "pubsub.host": "127.0.0.1",
-            "pubsub.data": str(self.directory / "data"),
+            "pubsub.data": str(self.store),
             "pubsub.stomp": str(self.ports["stomp"]),
             "pubsub.openwire": str(self.ports["openwire"]),
             "activemq.home": str(self.directory),
