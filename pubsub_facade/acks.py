@@ -110,6 +110,10 @@ class LowWaterMark(Generic[Tag]):
         """The highest tag up to which all are settled; None before the first."""
         return self._mark
 
+    def is_open(self, tag: Tag) -> bool:
+        """Whether ``tag`` is delivered and not settled."""
+        return tag in self._open
+
     @property
     def unsettled(self) -> int:
         """How many are delivered and not settled."""

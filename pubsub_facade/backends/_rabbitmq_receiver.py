@@ -1,0 +1,420 @@
+"""One member on RabbitMQ: a channel that consumes, acks merged once per turn of the loop, copies by confirm.
+
+A message that kills its process must end in the dead letters, and those that were merely in its company
+must not. RabbitMQ counts for each message how often it came back, for the guilty and their company alike.
+So what came back is set aside, as its next attempt, in a queue from which each member takes one at a time:
+there, the count of one is its own (`_rabbitmq_trials` for ordered subscriptions, which cannot set aside).
+What is given back unhandled is rejected into the same queue, uncounted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+from pubsub_facade.acks import LowWaterMark
+from pubsub_facade.backends import _rabbitmq_frames as frames
+from pubsub_facade.backends import _rabbitmq_wire as mapping
+from pubsub_facade.backends._rabbitmq_confirms import Confirms, Outgoing
+from pubsub_facade.backends._rabbitmq_link import Channel
+from pubsub_facade.backends._rabbitmq_names import LEVELS, Record, level_for
+from pubsub_facade.backends._rabbitmq_topology import Topology
+from pubsub_facade.backends._rabbitmq_trials import Trials
+from pubsub_facade.backends.base import Receiver, Timer
+from pubsub_facade.errors import ConnectionLost, PubSubError, SendFailed
+from pubsub_facade.message import Delivery, new_id
+from pubsub_facade.subscription import Definition, Subscription
+
+AGAIN: Final = "again"  # consumer tag of the queue of what came back
+IDLE_FLUSH: Final = 0.5  # s after which acks above a stuck delivery are sent, however few
+MAX_PREFETCH: Final = 65535
+EARLY: Final = 1.0  # s before its time that a message may be handed out: clocks differ
+
+
+class RabbitmqReceiver(Receiver):
+    """A member of a named subscription, or of an ephemeral one (``record`` is None).
+
+    Arguments:
+        channel: its own.
+        filtering: of an ephemeral one.
+        forget: told when it is closed.
+    """
+
+    def __init__(
+        self,
+        channel: Channel,
+        topology: Topology,
+        copies: Confirms,
+        subscription: Subscription,
+        window: int,
+        record: Record | None,
+        filtering: Definition | None,
+        forget: Callable[[RabbitmqReceiver], None],
+    ) -> None:
+        self._channel = channel
+        self._link = channel.link
+        self._topology = topology
+        self._copies = copies
+        self._label = subscription.label
+        self._window = window
+        self._record = record
+        self._filtering = filtering if record is None else record.filtering
+        self._forget = forget
+        self._trials = Trials() if record is not None and record.definition.ordered else None
+        self._sets_aside = record is not None and self._trials is None
+        self._loop = asyncio.get_running_loop()
+        self._mark: LowWaterMark[int] = LowWaterMark()
+        self._arrived: deque[frames.Content] = deque()
+        self._ready: deque[Delivery] = deque()  # may be handed out next
+        self._suspects: list[frames.Content] = []  # to be set aside
+        self._early: list[tuple[Delivery, float]] = []  # to be parked until their time
+        self._refused: list[Delivery] = []  # by the filter, as far as we know
+        self._out = 0  # handed out and not settled
+        self._held: set[int] = set()  # of these: wait for their next attempt in the member
+        self._waiter: asyncio.Future[None] | None = None
+        self._flushing = False
+        self._idle_flush: asyncio.TimerHandle | None = None
+        self._error: PubSubError | None = None
+        self._closed = False
+        self._consumers: list[str] = []
+        channel.on_closed.append(self.fail)
+        channel.pika.add_on_cancel_callback(self._cancelled)
+        self._link.attach(channel.number, self)
+
+    async def join(self, queues: Sequence[str], again: str | None) -> None:
+        """Begin to consume.
+
+        Arguments:
+            queues: share the window between them.
+            again: of what came back one is taken at a time.
+        """
+        prefetch = max(1, min(self._window, MAX_PREFETCH) // len(queues))
+        await self._channel.call(self._channel.pika.basic_qos, prefetch_count=prefetch)
+        for index, queue in enumerate(queues):
+            await self._consume(queue, str(index))
+        if again is not None:
+            await self._channel.call(self._channel.pika.basic_qos, prefetch_count=1)
+            await self._consume(again, AGAIN)
+
+    async def _consume(self, queue: str, tag: str) -> None:
+        self._consumers.append(tag)
+        await self._channel.call(self._channel.pika.basic_consume, queue, _unused, consumer_tag=tag)
+
+    # -- Sink ---------------------------------------------------------------------------------------
+
+    def content(self, content: frames.Content) -> None:
+        self._mark.delivered(content.tag)
+        self._arrived.append(content)
+        if self._waiter is not None:
+            self._wake()
+
+    def confirmed(self, tag: int, multiple: bool, stored: bool) -> None:
+        return
+
+    def empty(self) -> None:
+        return
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _cancelled(self, frame: Any) -> None:
+        self._consumers.remove(frame.method.consumer_tag)
+        self.fail(ConnectionLost(f"rabbitmq: a queue of subscription {self._label!r} was deleted"))
+
+    def fail(self, error: PubSubError) -> None:
+        """The link is gone, or what was consumed from: `receive` raises."""
+        if self._error is None:
+            self._error = error
+            self._wake()
+
+    def learn(self, record: Record) -> None:
+        """A subscription was declared anew, by whichever process."""
+        if self._record is not None and self._record.names == record.names:
+            self._record = record
+            self._filtering = record.filtering
+
+    # -- receive ----------------------------------------------------------------------------------
+
+    async def receive(self) -> Sequence[Delivery]:
+        while True:
+            if self._error is not None or self._closed:
+                raise self._error or ConnectionLost(f"rabbitmq: subscription {self._label!r}: left")
+            if self._suspects or self._early or self._refused:
+                await self._put_away()
+            if self._trials is not None and self._trials.ended(self._busy):
+                await self._settled_for_good()
+            batch = self._take()
+            if batch:
+                self._out += len(batch)
+                return batch
+            if self._suspects or self._early or self._refused:
+                continue
+            self._waiter = self._loop.create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+
+    @property
+    def _busy(self) -> int:
+        return self._out - len(self._held)
+
+    def _take(self) -> list[Delivery]:
+        room = self._window - self._out
+        batch: list[Delivery] = []
+        ready, arrived = self._ready, self._arrived
+        while ready and len(batch) < room:
+            batch.append(ready.popleft())
+        if self._trials is not None:
+            while arrived:
+                self._trials.push(arrived.popleft())
+            while len(batch) < room and (found := self._trials.pop(self._busy + len(batch))) is not None:
+                content, returns = found
+                self._sort(content, returns, batch)
+            return batch
+        while arrived and len(batch) < room:
+            content = arrived.popleft()
+            returns = 0
+            if content.redelivered and self._sets_aside:
+                returns = mapping.returns_of(content)
+                if returns and content.consumer != AGAIN:
+                    self._suspects.append(content)
+                    continue
+            self._sort(content, returns, batch)
+        return batch
+
+    def _sort(self, content: frames.Content, returns: int, batch: list[Delivery]) -> None:
+        delivery, due = mapping.read_delivery(self, self._label, content)
+        if returns:
+            delivery.attempt += returns
+        if content.consumer == AGAIN:
+            delivery.redelivered = True
+        if due and due - time.time() > EARLY:
+            self._early.append((delivery, due))
+        elif self._accepts(delivery):
+            batch.append(delivery)
+        else:
+            self._refused.append(delivery)
+
+    def _accepts(self, delivery: Delivery) -> bool:
+        filtering = self._filtering
+        return filtering is None or filtering.accepts(delivery.topic, delivery.headers, delivery.timestamp)
+
+    async def _put_away(self) -> None:
+        """What is not handed out: set aside, parked until its time, dropped by the filter."""
+        if self._suspects:
+            assert self._record is not None
+            again = self._record.names.again
+            copies = []
+            for content in self._suspects:
+                delivery, _ = mapping.read_delivery(self, self._label, content)
+                copies.append((delivery, self._copy(delivery, again, attempt=delivery.attempt + 1)))
+            await self._store(copies, handed_out=False)
+            self._suspects.clear()
+        if self._early:
+            now = time.time()
+            parked = [
+                (delivery, await self._waiting(delivery, due - now, delivery.attempt))
+                for delivery, due in self._early
+            ]
+            await self._store(parked, handed_out=False)
+            self._early.clear()
+        if self._refused:
+            await self._drop()
+
+    async def _drop(self) -> None:
+        """Ack what the filter refuses, once it is known to be the newest: a new one may want it."""
+        if self._record is not None:
+            record = await self._topology.record(self._label, self._channel)
+            if record is None:
+                raise ConnectionLost(f"rabbitmq: subscription {self._label!r} was deleted")
+            if record != self._record:
+                self.learn(record)
+        for delivery in self._refused:
+            if self._accepts(delivery):
+                self._ready.append(delivery)
+            elif self._mark.settle(delivery.tag):
+                self._plan_flush()
+        self._refused.clear()
+
+    async def _settled_for_good(self) -> None:
+        """Return when the broker has seen every ack: the next one in hand may kill this process."""
+        assert self._record is not None
+        assert self._trials is not None
+        self._flush_all()
+        await self._topology.versions(self._channel, self._record.names)
+        self._trials.end()
+
+    # -- settle -----------------------------------------------------------------------------------
+
+    def ack(self, delivery: Delivery) -> None:
+        if self._mark.settle(delivery.tag):
+            self._out -= 1
+            if self._held:
+                self._held.discard(delivery.tag)
+            self._plan_flush()
+            if self._waiter is not None:
+                self._wake()
+
+    def release(self, delivery: Delivery) -> None:
+        if self._trials is not None:
+            # In order means: with all that came after it. They are in line already, so all come again.
+            self._loop.call_soon(
+                self.fail, ConnectionLost("a delivery was given back: all come again, in order")
+            )
+        elif self._mark.settle_singly(delivery.tag):
+            self._out -= 1
+            self._give_back(delivery.tag)
+            self._plan_flush()
+            self._wake()
+
+    def _give_back(self, tag: int) -> None:
+        if self._channel.error is None:
+            self._link.write([frames.nack(self._channel.number, tag, requeue=not self._sets_aside)])
+
+    def hold(self, delivery: Delivery, wake: Callable[[Delivery], None]) -> Timer:
+        def again(delivery: Delivery) -> None:
+            self._held.discard(delivery.tag)
+            wake(delivery)
+
+        self._held.add(delivery.tag)
+        self._wake()
+        return super().hold(delivery, again)
+
+    def _plan_flush(self) -> None:
+        if not self._flushing:
+            self._flushing = True
+            self._loop.call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._flushing = False
+        if self._channel.error is not None:
+            return
+        mark = self._mark.take_mark()
+        singles = self._mark.take_singles(max(1, self._window // 2))
+        self._tell(mark, singles)
+        if self._idle_flush is None:
+            self._idle_flush = self._loop.call_later(IDLE_FLUSH, self._flush_all)
+
+    def _flush_all(self) -> None:
+        if self._idle_flush is not None:
+            self._idle_flush.cancel()
+            self._idle_flush = None
+        if self._channel.error is None:
+            self._tell(self._mark.take_mark(), self._mark.take_singles(1))
+
+    def _tell(self, mark: int | None, singles: list[int]) -> None:
+        number = self._channel.number
+        data = [] if mark is None else [frames.ack(number, mark, multiple=True)]
+        data += [frames.ack(number, tag, multiple=False) for tag in singles]
+        if data:
+            self._link.write(data)
+
+    async def flush(self) -> None:
+        self._flush_all()
+        await asyncio.sleep(0)  # the link writes once per turn
+
+    # -- copies -----------------------------------------------------------------------------------
+
+    async def park(self, deliveries: Sequence[Delivery]) -> None:
+        mine = self._open(deliveries)
+        copies = [
+            (delivery, await self._waiting(delivery, delivery.delay, delivery.attempt + 1))
+            for delivery in mine
+        ]
+        await self._store(copies, handed_out=True)
+
+    async def bury(self, deliveries: Sequence[Delivery]) -> None:
+        mine = self._open(deliveries)
+        if mine:
+            assert self._record is not None
+            dead = self._record.names.dead
+            copies = [(delivery, self._copy(delivery, dead)) for delivery in mine]
+            await self._store(copies, handed_out=True)
+
+    def _open(self, deliveries: Sequence[Delivery]) -> list[Delivery]:
+        """Those that are not settled; raises where the link is gone and all come again."""
+        if self._closed:
+            return []
+        if self._error is not None:
+            raise self._error
+        return [delivery for delivery in deliveries if self._mark.is_open(delivery.tag)]
+
+    async def _waiting(self, delivery: Delivery, delay: float, attempt: int) -> Outgoing:
+        """A copy that returns after ``delay`` seconds."""
+        assert self._record is not None
+        names = self._record.names
+        if delay <= 0:
+            return self._copy(delivery, names.queue, attempt=attempt)
+        level, ms = level_for(delay)
+        queue = await self._topology.retry_queue(names, level)
+        due = time.time() + delay if delay * 1000 > LEVELS[-1] else None
+        return self._copy(delivery, queue, attempt=attempt, expiration=ms, due=due)
+
+    def _copy(
+        self,
+        delivery: Delivery,
+        queue: str,
+        *,
+        attempt: int = 1,
+        expiration: int | None = None,
+        due: float | None = None,
+    ) -> Outgoing:
+        id = delivery.id or new_id()
+        properties = mapping.encode_copy(
+            delivery, id, attempt=attempt, failure=delivery.failure, expiration=expiration, due=due
+        )
+        return Outgoing(id, "", queue, properties, delivery.body, mandatory=True)
+
+    async def _store(self, copies: list[tuple[Delivery, Outgoing]], *, handed_out: bool) -> None:
+        """Have copies confirmed, then settle the originals. Raises where one was not stored."""
+        if not copies:
+            return
+        outcome = await self._copies.write([copy for _, copy in copies])
+        fates = outcome.fates
+        for delivery, copy in copies:
+            if copy.id not in fates and self._mark.settle(delivery.tag):
+                self._out -= handed_out
+                self._held.discard(delivery.tag)
+                self._plan_flush()
+        self._wake()
+        if fates:
+            self._topology.forget_levels()
+            raise SendFailed(
+                f"rabbitmq: {len(fates)} copies were not stored in {copies[0][1].routing_key!r} and its like: "
+                "was the queue deleted?",
+                fates,
+            )
+
+    # -- leave ------------------------------------------------------------------------------------
+
+    async def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._wake()
+        channel = self._channel
+        try:
+            if channel.error is None:
+                for consumer in self._consumers:
+                    await channel.call(channel.pika.basic_cancel, consumer)
+                self._flush_all()
+                if self._sets_aside:
+                    for tag in self._mark.open_tags():
+                        self._give_back(tag)
+        except PubSubError:
+            pass  # the link is gone: all that is unsettled comes again
+        finally:
+            self._mark = LowWaterMark()
+            if self._idle_flush is not None:
+                self._idle_flush.cancel()
+            self._forget(self)
+        await channel.close()
+
+
+def _unused(*_: object) -> None:
+    """pika wants a listener for deliveries, which do not pass through it here."""

@@ -1,0 +1,72 @@
+"""Which delivery of an ordered subscription is next, after some came back because a process or link was lost.
+
+One of them may have killed the process, and would again, with others in its company. They cannot be set
+aside without losing their place, so they are tried in place: one in hand at a time and nothing beside it,
+the one that came back most often first. How often it came back is believed of the first one a member
+hands out: what was tried and done is gone by then, so that the guilty one moves to the front. Pure: no I/O.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+from pubsub_facade.backends._rabbitmq_frames import Content
+from pubsub_facade.backends._rabbitmq_wire import returns_of
+
+
+class Trials:
+    """The line of one member, by the queues it consumes."""
+
+    __slots__ = ("_first", "_free", "_lines", "_suspects", "_trial")
+
+    def __init__(self) -> None:
+        self._free: deque[Content] = deque()
+        self._lines: dict[str, deque[tuple[Content, int]]] = {}  # while there are suspects: by consumer tag
+        self._suspects = 0  # how many are in the lines
+        self._trial = False  # one is in hand
+        self._first = True  # nothing was handed out yet
+
+    def push(self, content: Content) -> None:
+        """A delivery has arrived."""
+        returns = returns_of(content)
+        if not returns and not self._lines:
+            self._free.append(content)
+            return
+        self._suspects += bool(returns)
+        self._lines.setdefault(content.consumer, deque()).append((content, returns))
+
+    def pop(self, busy: int) -> tuple[Content, int] | None:
+        """The next that may be handed out, and how many attempts it had that nobody wrote down.
+
+        Arguments:
+            busy: deliveries in hand now.
+        """
+        if self._trial:
+            return None
+        if self._free:
+            self._first = False
+            return self._free.popleft(), 0
+        if not self._suspects:
+            for line in self._lines.values():
+                self._free.extend(content for content, _ in line)
+            self._lines.clear()
+            return (self._free.popleft(), 0) if self._free else None
+        if busy:
+            return None
+        name = max(self._lines, key=lambda name: self._lines[name][0][1])
+        content, returns = self._lines[name].popleft()
+        if not self._lines[name]:
+            del self._lines[name]
+        self._suspects -= bool(returns)
+        self._trial = True
+        believed = returns if self._first else 0
+        self._first = False
+        return content, believed
+
+    def ended(self, busy: int) -> bool:
+        """Whether the one on trial is out of hand."""
+        return self._trial and not busy
+
+    def end(self) -> None:
+        """The broker knows what became of it."""
+        self._trial = False
