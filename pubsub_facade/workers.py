@@ -161,7 +161,11 @@ class TaskWorkers:
 
 
 class ThreadWorkers:
-    """``concurrency`` threads for a sync handler."""
+    """``concurrency`` threads for a sync handler.
+
+    A handler's function may have an attribute ``thread_ends``, a function that each of its threads calls last: what
+    a framework keeps by thread, as database connections, is given up there.
+    """
 
     def __init__(self, consumer: Consumer, handler: Handler, concurrency: int) -> None:
         self._consumer = consumer
@@ -212,6 +216,14 @@ class ThreadWorkers:
                 self._consumer.given_back(delivery)
 
     def _run(self) -> None:
+        try:
+            self._handle_all()
+        finally:
+            ends = getattr(self._handler.function, "thread_ends", None)
+            if ends is not None:
+                ends()
+
+    def _handle_all(self) -> None:
         decode_hint = self._handler.decode
         call = self._handler.call
         outcomes = self._outcomes
