@@ -260,6 +260,7 @@ class Relay:
         self._work = asyncio.Event()
         self._stop = asyncio.Event()
         self._told: str | None = None
+        self._last: PubSubError | None = None
         self.published = 0
         self.set_aside = 0
 
@@ -300,7 +301,10 @@ class Relay:
             await self._store.close()
         return self.published - before
 
-    _last: PubSubError | None = None
+    def health(self) -> tuple[bool, dict[str, Any]]:
+        """Whether it can publish now, as far as its last try told, and the facts."""
+        facts = {"trouble": self._told, "published": self.published, "set_aside": self.set_aside}
+        return self._told is None, facts
 
     # -- one lane ---------------------------------------------------------------------------------
 

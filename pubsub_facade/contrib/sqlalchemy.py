@@ -29,7 +29,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from pubsub_facade.contrib import _outbox_store
 from pubsub_facade.contrib._exactly_once import MARK_COLUMNS, MARK_UNIQUE, Effect
-from pubsub_facade.contrib._outbox_sql import OutboxSql, ignoring
+from pubsub_facade.contrib._outbox_sql import OutboxSql, ignoring, notify_statements
 from pubsub_facade.contrib._outbox_store import LEASE, Link, SqlStore, ThreadLink, postgres_wakes
 from pubsub_facade.contrib.outbox import Store, columns_of, prepare
 from pubsub_facade.errors import ConfigError
@@ -170,16 +170,6 @@ class Outbox:
 
     def _notify_statements(self) -> list[str]:
         return notify_statements(self.table.name)
-
-
-def notify_statements(table: str) -> list[str]:
-    """PostgreSQL: a trigger that notifies once a statement, at commit; the payload is empty, so twins merge."""
-    return [
-        f"CREATE OR REPLACE FUNCTION {table}_notify() RETURNS trigger LANGUAGE plpgsql AS "
-        f"$$BEGIN PERFORM pg_notify('{table}', ''); RETURN NULL; END$$",
-        f"CREATE TRIGGER {table}_notify AFTER INSERT ON {table} "
-        f"FOR EACH STATEMENT EXECUTE FUNCTION {table}_notify()",
-    ]
 
 
 class Inbox:

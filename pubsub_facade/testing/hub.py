@@ -115,10 +115,12 @@ class Published(Sequence[Message]):
         self._hub = hub._hub
         self._cleared: set[str] = set()
 
-    def _messages(self) -> list[Message]:
+    def _stored(self) -> list[Message]:
         with self._hub.lock:
-            stored = [message for space in self._hub.namespaces.values() for message in space.history]
-        stored.sort(key=lambda message: message.timestamp or 0)
+            return [message for space in self._hub.namespaces.values() for message in space.history]
+
+    def _messages(self) -> list[Message]:
+        stored = sorted(self._stored(), key=lambda message: message.timestamp or 0)
         return [_received(message) for message in stored if message.id not in self._cleared]
 
     @overload

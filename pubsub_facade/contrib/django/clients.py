@@ -1,0 +1,89 @@
+"""The clients of this process, one for each alias of the ``PUBSUB`` setting, made at first use and kept.
+
+``PUBSUB`` is a mapping of `Settings` fields, or a URL, or a mapping of aliases (one is ``"default"``) to these;
+without it the usual places say: the environment, ``pubsub.toml`` in the working directory or in ``BASE_DIR``.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from django.conf import settings as django_settings
+from django.core.signals import setting_changed
+from django.dispatch import receiver
+
+from pubsub_facade.errors import ConfigError
+from pubsub_facade.settings import CONFIG_FILE, Settings
+from pubsub_facade.sync import PubSub
+
+SETTING: Final = "PUBSUB"
+DEFAULT: Final = "default"
+
+_clients: dict[str, PubSub] = {}
+_lock = threading.Lock()
+
+
+def aliases() -> list[str]:
+    """All aliases, the default one first."""
+    return list(_by_alias())
+
+
+def _by_alias() -> dict[str, Any]:
+    value = getattr(django_settings, SETTING, None)
+    if isinstance(value, Mapping) and DEFAULT in value:
+        return {DEFAULT: value[DEFAULT], **value}
+    return {DEFAULT: value}
+
+
+def settings_of(alias: str = DEFAULT) -> Settings:
+    """The settings of an alias, read anew. Raises ConfigError, naming the setting."""
+    values = _by_alias()
+    if alias not in values:
+        raise ConfigError(f"{SETTING} has no alias {alias!r}: it has {', '.join(values)}")
+    return load_settings(values[alias])
+
+
+def load_settings(value: Any, config: str | None = None, **overrides: Any) -> Settings:
+    """`Settings` from one value of the ``PUBSUB`` setting, with overrides above it."""
+    if isinstance(value, str):
+        value = {"url": value}
+    if value is not None and not isinstance(value, Mapping):
+        raise ConfigError(
+            f"{SETTING} is of type {type(value).__name__}: give a mapping of settings, a URL, or aliases"
+        )
+    if config is None and not Path(CONFIG_FILE).is_file():
+        there = Path(str(getattr(django_settings, "BASE_DIR", ".")), CONFIG_FILE)
+        config = str(there) if there.is_file() else None
+    try:
+        return Settings.load(config, **{**(value or {}), **overrides})
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("code: ", f"{SETTING}: ")) from error.__cause__
+
+
+def client(alias: str = DEFAULT) -> PubSub:
+    """This process's client of an alias; after a fork its child has links of its own. Never close it."""
+    found = _clients.get(alias)
+    if found is None:
+        with _lock:
+            found = _clients.get(alias)
+            if found is None:
+                found = _clients[alias] = PubSub(settings_of(alias))
+    return found
+
+
+def close_all(grace: float = 5.0) -> None:
+    """Close the clients made so far; the next use makes new ones."""
+    with _lock:
+        closing = list(_clients.values())
+        _clients.clear()
+    for one in closing:
+        one.close(grace)
+
+
+@receiver(setting_changed)
+def _forget(*, setting: str, **kwargs: Any) -> None:
+    if setting == SETTING:
+        close_all()

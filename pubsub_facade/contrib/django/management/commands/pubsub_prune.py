@@ -1,0 +1,50 @@
+"""``manage.py pubsub_prune``: delete old marks of the inbox and old sent rows of the outbox, a few at a time."""
+
+from __future__ import annotations
+
+import time
+from argparse import ArgumentParser
+from typing import Any
+
+from django.core.management.base import BaseCommand
+from django.db.models import QuerySet
+
+from pubsub_facade.contrib.django.models import InboxMark, OutboxMessage
+
+
+class Command(BaseCommand):
+    """Run it now and then, as from cron."""
+
+    help = (
+        "Deletes inbox marks and sent outbox rows older than --days, in batches, so that nobody waits for it."
+    )
+
+    def add_arguments(self, parser: ArgumentParser) -> None:
+        parser.add_argument(
+            "--days",
+            type=float,
+            default=14,
+            help="age; a message that comes again after its mark is gone is handled again",
+        )
+        parser.add_argument("--batch", type=int, default=1000, help="rows deleted by one statement")
+        parser.add_argument("--database", help="database alias")
+
+    def handle(self, *args: Any, **options: Any) -> None:
+        before = time.time() - options["days"] * 86400
+        using, batch = options["database"], options["batch"]
+        marks = InboxMark.objects.using(using).filter(handled__lt=before).order_by("handled")
+        sent = (
+            OutboxMessage.objects.using(using)
+            .filter(state=OutboxMessage.State.SENT, due__lt=before)
+            .order_by("due")
+        )
+        counts = [_delete(rows, batch) for rows in (marks, sent)]
+        self.stdout.write(f"deleted {counts[0]} marks and {counts[1]} sent rows")
+
+
+def _delete(rows: QuerySet[Any], batch: int) -> int:
+    total = 0
+    while ids := list(rows.all().values_list("pk", flat=True)[:batch]):
+        rows.model._base_manager.using(rows.db).filter(pk__in=ids).delete()
+        total += len(ids)
+    return total

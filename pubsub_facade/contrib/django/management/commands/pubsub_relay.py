@@ -1,0 +1,79 @@
+"""``manage.py pubsub_relay``: publish what was committed to the outbox."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from argparse import ArgumentParser
+from contextlib import AsyncExitStack
+from typing import Any
+
+from django.core.management.base import BaseCommand, CommandError
+
+from pubsub_facade.cli.errors import code_of
+from pubsub_facade.client import AsyncPubSub
+from pubsub_facade.contrib._service import answer_health
+from pubsub_facade.contrib.django.clients import DEFAULT, settings_of
+from pubsub_facade.contrib.django.management.commands.runsubscribers import _log
+from pubsub_facade.contrib.django.relaying import lag, store
+from pubsub_facade.contrib.outbox import Relay
+from pubsub_facade.errors import PubSubError
+
+log = logging.getLogger("pubsub_facade.outbox")
+
+
+class Command(BaseCommand):
+    """Run one relay; run as many as you like."""
+
+    help = (
+        "Publishes what was committed to the outbox, until SIGTERM or Ctrl-C. Any number may run at once. A broker or "
+        "a database that is absent is waited for. Exit codes: 0 stopped or drained, 1 error, 2 wrong configuration, "
+        "3 refused by the broker."
+    )
+
+    def add_arguments(self, parser: ArgumentParser) -> None:
+        parser.add_argument("--database", help="alias of the outbox's database")
+        parser.add_argument("--alias", default=DEFAULT, help="of the PUBSUB setting")
+        parser.add_argument("--lanes", type=int, default=2, help="batches under way at once")
+        parser.add_argument("--batch", type=int, default=500, help="rows in one batch")
+        parser.add_argument("--max-attempts", type=int, default=10, help="refusals until a row is set aside")
+        parser.add_argument("--keep", type=float, default=0, help="seconds that sent rows are kept")
+        parser.add_argument("--drain", action="store_true", help="publish what is due now, and end")
+        parser.add_argument("--lag", action="store_true", help="say how far behind the outbox is, and end")
+        parser.add_argument("--health", metavar="[HOST:]PORT", help="answer health checks by HTTP")
+
+    def handle(self, *args: Any, **options: Any) -> None:
+        try:
+            if options["lag"]:
+                self.stdout.write(str(asyncio.run(lag(options["database"]))))
+                return
+            _log(options["verbosity"])
+            published = asyncio.run(self._relay(options))
+        except PubSubError as error:
+            raise CommandError(str(error), returncode=code_of(error)) from error
+        if options["drain"]:
+            self.stdout.write(f"published {published}")
+
+    async def _relay(self, options: dict[str, Any]) -> int:
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
+        async with AsyncExitStack() as stack:
+            pubsub = await stack.enter_async_context(AsyncPubSub(settings_of(options["alias"])))
+            relay = Relay(
+                pubsub,
+                store(options["database"], keep=bool(options["keep"])),
+                lanes=options["lanes"],
+                batch=options["batch"],
+                max_attempts=options["max_attempts"],
+                keep=options["keep"],
+            )
+            if options["health"] is not None:
+                server = await answer_health(options["health"], lambda: relay.health())
+                stack.callback(server.close)
+            if options["drain"]:
+                return await relay.drain()
+            await relay.run(stop)
+            return relay.published

@@ -1,0 +1,130 @@
+"""Publish from Django: at once with the broker's confirm, or on commit by the outbox, from sync and async code.
+
+`publish_on_commit` writes a row in the transaction of the caller's own data: a relay publishes it once that is
+committed (``manage.py pubsub_relay``), whatever happens to this process or to the broker meanwhile.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from asgiref.sync import sync_to_async
+
+from pubsub_facade.contrib._service import publish_from
+from pubsub_facade.contrib.django.clients import DEFAULT, client
+from pubsub_facade.contrib.outbox import columns_of, prepare
+from pubsub_facade.message import HeaderValue, Message
+
+if TYPE_CHECKING:
+    from pubsub_facade.contrib.django.models import OutboxMessage
+
+
+def publish(
+    topic: str,
+    payload: Any,
+    *,
+    key: str | None = None,
+    headers: Mapping[str, HeaderValue] | None = None,
+    id: str | None = None,
+    delay: float = 0,
+    timeout: float | None = None,
+    alias: str = DEFAULT,
+) -> Message:
+    """Publish one message now; returns once the broker has confirmed it. Arguments and errors: `PubSub.publish`.
+
+    Not a part of any database transaction: what must not be lost, nor be told of a rolled back change, goes by
+    `publish_on_commit`.
+
+    Arguments:
+        alias: of the ``PUBSUB`` setting.
+    """
+    return client(alias).publish(
+        topic, payload, key=key, headers=headers, id=id, delay=delay, timeout=timeout
+    )
+
+
+def publish_many(
+    messages: Iterable[Message], *, timeout: float | None = None, alias: str = DEFAULT
+) -> list[Message]:
+    """Publish messages as one confirmed batch."""
+    return client(alias).publish_many(messages, timeout=timeout)
+
+
+async def apublish(
+    topic: str,
+    payload: Any,
+    *,
+    key: str | None = None,
+    headers: Mapping[str, HeaderValue] | None = None,
+    id: str | None = None,
+    delay: float = 0,
+    timeout: float | None = None,
+    alias: str = DEFAULT,
+) -> Message:
+    """`publish` from async code, on the same links of this process."""
+    message = Message(topic, payload, key=key, headers=headers, id=id, delay=delay)
+    return (await publish_from(client(alias), [message], timeout))[0]
+
+
+async def apublish_many(
+    messages: Iterable[Message], *, timeout: float | None = None, alias: str = DEFAULT
+) -> list[Message]:
+    """`publish_many` from async code."""
+    return await publish_from(client(alias), messages, timeout)
+
+
+def publish_on_commit(
+    topic: str,
+    payload: Any,
+    *,
+    key: str | None = None,
+    headers: Mapping[str, HeaderValue] | None = None,
+    id: str | None = None,
+    delay: float = 0,
+    using: str | None = None,
+) -> Message:
+    """Write one message to the outbox, in the current transaction; it is published once that is committed.
+
+    Arguments: as `publish`; ``delay`` works on every backend. Raises as that does before sending.
+        using: database alias of the transaction; None: where the router writes the outbox.
+    """
+    message = Message(topic, payload, key=key, headers=headers, id=id, delay=delay)
+    return publish_many_on_commit([message], using=using)[0]
+
+
+def publish_many_on_commit(messages: Iterable[Message], *, using: str | None = None) -> list[Message]:
+    """Write messages to the outbox, in the current transaction, by as few statements as can be."""
+    from pubsub_facade.contrib.django.models import OutboxMessage
+
+    prepared, rows = _rows(messages)
+    if rows:
+        OutboxMessage.objects.using(using).bulk_create(rows, batch_size=500)
+    return prepared
+
+
+async def apublish_on_commit(
+    topic: str,
+    payload: Any,
+    *,
+    key: str | None = None,
+    headers: Mapping[str, HeaderValue] | None = None,
+    id: str | None = None,
+    delay: float = 0,
+    using: str | None = None,
+) -> Message:
+    """`publish_on_commit` from async code, which has no transactions: the row is committed on return."""
+    message: Message = await sync_to_async(publish_on_commit)(
+        topic, payload, key=key, headers=headers, id=id, delay=delay, using=using
+    )
+    return message
+
+
+def _rows(messages: Iterable[Message]) -> tuple[list[Message], list[OutboxMessage]]:
+    from pubsub_facade.contrib.django.models import OutboxMessage
+
+    limit = client().capabilities.max_payload
+    prepared = [prepare(message, max_payload=limit) for message in messages]
+    now = time.time()
+    return prepared, [OutboxMessage(**columns_of(message, now)) for message in prepared]

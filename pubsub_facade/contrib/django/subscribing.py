@@ -1,0 +1,156 @@
+"""Handlers in Django: collected from the ``subscribers`` module of each installed application, run by
+``manage.py runsubscribers``.
+
+Around each message the database connections are looked after as around a request, and with ``exactly_once`` the
+handler's effect and the mark of the message commit in one transaction.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable
+from typing import Any, Final, TypeVar
+
+from asgiref.sync import sync_to_async
+from django.db import connections, reset_queries, router, transaction
+from django.utils.module_loading import autodiscover_modules
+
+from pubsub_facade.contrib._exactly_once import MARK_COLUMNS, MARK_UNIQUE, Effect
+from pubsub_facade.contrib._outbox_sql import ignoring
+from pubsub_facade.contrib.django.clients import DEFAULT
+from pubsub_facade.errors import ConfigError
+from pubsub_facade.handler import Handler
+from pubsub_facade.message import Delivery
+from pubsub_facade.subscribers import DEFAULT_BACKOFF, Registration, Subscribers
+from pubsub_facade.subscription import Backoff, Subscription, patterns_of
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+MODULE: Final = "subscribers"
+LOOK: Final = 1.0  # s between looks at the async ORM's connections, which live in another thread
+
+_collected: dict[str, Subscribers] = {}
+
+
+def autodiscover() -> None:
+    """Import the ``subscribers`` module of each installed application that has one."""
+    autodiscover_modules(MODULE)
+
+
+def subscribers_of(alias: str = DEFAULT) -> Subscribers:
+    """What was collected for an alias."""
+    return _collected.setdefault(alias, Subscribers())
+
+
+def subscriber(
+    *patterns: str,
+    subscription: str | None = None,
+    ordered: bool = False,
+    filter: str | None = None,
+    concurrency: int = 1,
+    max_attempts: int = 5,
+    backoff: Backoff = DEFAULT_BACKOFF,
+    exactly_once: bool | str = False,
+    alias: str = DEFAULT,
+) -> Callable[[Function], Function]:
+    """Collect the decorated function as a handler, sync or async; it stays callable as it is.
+
+    Arguments: as `Subscribers.subscriber`, and
+        exactly_once: commit what the handler does to the database together with a mark of the message: a message
+            that comes twice has its effect once. True, or a database alias. For a plain ``def``: async code has no
+            transactions in Django.
+        alias: of the ``PUBSUB`` setting.
+    """
+    if isinstance(concurrency, bool) or not isinstance(concurrency, int) or concurrency < 1:
+        raise ConfigError(f"concurrency {concurrency!r} is not a whole number of 1 or more")
+    declared = Subscription(subscription, patterns_of(patterns), ordered, filter, max_attempts, backoff)
+
+    def collect(function: Function) -> Function:
+        handler = Handler(_in_django(function, exactly_once))
+        subscribers_of(alias).add(Registration(handler, declared, concurrency))
+        return function
+
+    return collect
+
+
+def _in_django(function: Callable[..., Any], exactly_once: bool | str) -> Callable[..., Any]:
+    if exactly_once and inspect.iscoroutinefunction(function):
+        raise ConfigError(
+            f"handler {function.__qualname__} is async, and has no transactions in Django: make it a plain def, or "
+            "leave out exactly_once"
+        )
+    Handler(function)  # refuses what cannot be called, in its own words
+    effect = Effect(function)
+    if effect.is_async:
+        return effect.dress(_async(effect))
+    return effect.dress(_sync(effect, exactly_once))
+
+
+def _sync(effect: Effect, exactly_once: bool | str) -> Callable[[Any, Delivery], None]:
+    def handle(payload: Any, delivery: Delivery) -> None:
+        _refresh()
+        try:
+            if exactly_once:
+                _once(effect, payload, delivery, exactly_once)
+            else:
+                effect.call(payload, delivery)
+        finally:
+            _refresh()
+
+    handle.thread_ends = connections.close_all  # type: ignore[attr-defined]
+    return handle
+
+
+def _once(effect: Effect, payload: Any, delivery: Delivery, database: bool | str) -> None:
+    from pubsub_facade.contrib.django.models import InboxMark
+
+    using = database if isinstance(database, str) else router.db_for_write(InboxMark)
+    with transaction.atomic(using):
+        if first(delivery, using):
+            effect.call(payload, delivery)
+
+
+def first(delivery: Delivery, using: str | None = None) -> bool:
+    """Mark the message in the current transaction; False where it is marked already.
+
+    What ``exactly_once`` does, for a handler that opens its transaction itself. A message without an id (a foreign
+    one) cannot be told from its twin: True each time.
+    """
+    from pubsub_facade.contrib.django.models import InboxMark
+
+    if not delivery.id:
+        return True
+    connection = connections[using or router.db_for_write(InboxMark)]
+    table = connection.ops.quote_name(InboxMark._meta.db_table)
+    sql = ignoring(connection.vendor, table, MARK_COLUMNS, MARK_UNIQUE)
+    with connection.cursor() as cursor:
+        cursor.execute(sql, (delivery.subscription, delivery.id, time.time()))
+        return bool(cursor.rowcount == 1)
+
+
+_looked = 0.0
+
+
+def _async(effect: Effect) -> Callable[[Any, Delivery], Any]:
+    async def handle(payload: Any, delivery: Delivery) -> None:
+        global _looked
+        failed = True
+        try:
+            await effect.call(payload, delivery)
+            failed = False
+        finally:
+            now = time.monotonic()
+            if failed or now - _looked > LOOK:
+                _looked = now
+                await sync_to_async(_refresh)()
+
+    return handle
+
+
+def _refresh() -> None:
+    """`close_old_connections`, but for those within a transaction: there the caller is a test, and it is the test's."""
+    reset_queries()
+    for connection in connections.all(initialized_only=True):
+        if not connection.in_atomic_block:
+            connection.close_if_unusable_or_obsolete()
