@@ -199,13 +199,14 @@ class KafkaSettings(_Section):
         username, password: for SASL.
         sasl_mechanism: ``PLAIN``, ``SCRAM-SHA-256`` or ``SCRAM-SHA-512``; None: SCRAM-SHA-256 if a user is given.
         tls: enabled, CA, client certificate, verification.
-        partitions, replication_factor, min_insync_replicas: of the topics we create; None: the broker's default.
+        partitions: of the topics we create (None: the broker's default): so many members of a subscription can share a topic's messages.
+        replication_factor, min_insync_replicas: of the topics we create; None: the broker's default.
         retention: seconds that a topic we create keeps messages; None: the broker's default.
         compression: codec of the batches we send.
-        max_payload: bytes of one encoded payload at most (also set on the topics we create).
+        max_payload: bytes of one encoded payload at most; the topics we create accept it, with its headers.
         metadata_max_age: seconds until topics created elsewhere are noticed.
-        session_timeout: seconds without a heartbeat until a member's partitions go to others.
-        max_poll_interval: seconds a member may go without asking for more until its partitions go to others.
+        session_timeout: seconds without a heartbeat until a member's partitions go to others. A slow handler
+            does not count: members beat while handlers work.
     """
 
     bootstrap_servers: Annotated[Words, Field(min_length=1), AfterValidator(_servers)] = ["localhost:9092"]
@@ -213,15 +214,14 @@ class KafkaSettings(_Section):
     password: SecretStr | None = None
     sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] | None = None
     tls: Tls = Tls()
-    partitions: int | None = Field(None, ge=1)
+    partitions: int | None = Field(4, ge=1)
     replication_factor: int | None = Field(None, ge=1)
     min_insync_replicas: int | None = Field(None, ge=1)
     retention: float | None = Field(None, gt=0)
     compression: Literal["none", "gzip", "snappy", "lz4", "zstd"] = "none"
-    max_payload: int = Field(4 * MiB, ge=1, le=512 * MiB)
+    max_payload: int = Field(4 * MiB, ge=1, le=96 * MiB)
     metadata_max_age: float = Field(1.0, gt=0)
     session_timeout: float = Field(10.0, ge=6)
-    max_poll_interval: float = Field(300.0, ge=1)
 
 
 class ActivemqSettings(_Section):

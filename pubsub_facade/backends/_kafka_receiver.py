@@ -102,6 +102,7 @@ class KafkaReceiver(Receiver):
         self._joined: dict[str, int] = {}  # Kafka topic -> partitions, as we last joined
         self._moves = 0
         self._definition = Definition.first(subscription, 0.0)
+        self._filtered = False
         number = next(shared.numbers)
         self._fetcher = Fetcher(shared.cluster, ("fetch", number), self._came, self.fail)
         self._group: Membership | None = None
@@ -117,8 +118,8 @@ class KafkaReceiver(Receiver):
 
     async def begin(self) -> None:
         """Join, or for an ephemeral subscription: from its return on, nothing published is missed."""
+        self._entry()
         if self._group is not None:
-            self._entry()
             self._group.start()
             return
         await self._shared.cluster.refresh(None)
@@ -279,6 +280,7 @@ class KafkaReceiver(Receiver):
                 ready.append((partition, delivery))
             elif delivery.tag[1] in partition.open:
                 partition.open[delivery.tag[1]] = delivery
+                partition.dirty = True
                 out.append(delivery)
 
     def _draw(self, partition: Partition, room: int, out: list[Delivery]) -> None:
@@ -293,10 +295,10 @@ class KafkaReceiver(Receiver):
             accepts = self._definition.accepts if self._filtered else None
             topic = partition.topic
             opened = partition.open
+            partition.dirty = True
             while len(out) < room and (record := partition.next()) is not None:
                 delivery = self._delivery(partition, record)
                 if accepts is not None and not accepts(topic, delivery.headers, delivery.timestamp):
-                    partition.dirty = True
                     continue
                 opened[record.offset] = delivery
                 out.append(delivery)
