@@ -11,100 +11,17 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any, Final, NamedTuple
 
+from pubsub_facade.backends._sqlite_routes import COLUMNS, Outgoing, Route, Routes, dumps, insert_statement
 from pubsub_facade.backends._sqlite_schema import CLAIMED, PARKED, READY, SUSPECT
 from pubsub_facade.filters import Filter
 from pubsub_facade.message import Delivery, Failure, Message
 from pubsub_facade.subscription import Subscription
-from pubsub_facade.topics import TopicRouter
 
 ROWS: Final = 250  # messages in one INSERT
 CLAIM_BYTES: Final = 8 << 20  # bodies handed out by one claim, if there are two
-
-_COLUMNS: Final = 8  # of a message, in `_flat`
-_dumps: Final = json.JSONEncoder(separators=(",", ":")).encode
-
-
-@dataclass(slots=True)
-class Route:
-    """A subscription of this namespace, and who is there to take its messages."""
-
-    id: int
-    line: int
-    name: str | None
-    patterns: tuple[str, ...]
-    filter: Filter | None
-    ordered: bool
-    members: int = 0
-    processes: tuple[str, ...] = ()  # the tokens of theirs
-
-
-class Routes:
-    """Where messages go, as of one generation of the file."""
-
-    def __init__(self, generation: int) -> None:
-        self.generation = generation
-        self.by_line: dict[int, Route] = {}
-        self.by_id: dict[int, Route] = {}
-        self.by_name: dict[str, Route] = {}
-        self.filtered = False
-        self._router: TopicRouter[int] = TopicRouter()
-
-    def add(self, route: Route) -> None:
-        self.by_line[route.line] = route
-        self.by_id[route.id] = route
-        if route.name is not None:
-            self.by_name[route.name] = route
-        self.filtered = self.filtered or route.filter is not None
-        for pattern in route.patterns:
-            self._router.add(pattern, route.line)
-
-    def lines(self, message: Message) -> tuple[int, ...]:
-        """The lines that a message published now joins."""
-        lines = self._router.match(message.topic)
-        if not self.filtered:
-            return lines
-        by_line = self.by_line
-        return tuple(
-            line
-            for line in lines
-            if (chosen := by_line[line].filter) is None or chosen.matches(message.headers)
-        )
-
-
-class Outgoing:
-    """Messages ready to be stored: their columns in a row, and which of them go to which lines together."""
-
-    __slots__ = ("flat", "groups", "messages", "only", "target")
-
-    def __init__(self, messages: Sequence[Message], now: float, only: str | None = None) -> None:
-        self.messages = messages
-        self.only = only
-        self.target: int | None = None
-        self.flat = _flat(messages, now)
-        self.groups: dict[tuple[tuple[int, ...], float], list[int]] = {}
-
-    def route(self, routes: Routes, now: float, *, required: bool) -> list[Message]:
-        """Choose the lines; returns the messages that have none, where one is required."""
-        self.groups.clear()
-        alone: list[Message] = []
-        lines: tuple[int, ...] = ()
-        if self.only is not None:
-            required = True
-            if (route := routes.by_name.get(self.only)) is not None:
-                self.target = route.id
-                lines = (route.line,)
-        for offset, message in enumerate(self.messages):
-            if self.only is None:
-                lines = routes.lines(message)
-            if lines:
-                due = now + message.delay if message.delay else 0.0
-                self.groups.setdefault((lines, due), []).append(offset)
-            elif required:
-                alone.append(message)
-        return alone
 
 
 class Claim(NamedTuple):
@@ -211,8 +128,8 @@ class Store:
         count = len(outgoing.messages)
         for start in range(0, count, ROWS):
             rows = min(ROWS, count - start)
-            flat = outgoing.flat[start * _COLUMNS : (start + rows) * _COLUMNS]
-            self._execute(_insert_messages(rows), [self.namespace, now, outgoing.target, base + start, *flat])
+            flat = outgoing.flat[start * COLUMNS : (start + rows) * COLUMNS]
+            self._execute(insert_statement(rows), [self.namespace, now, outgoing.target, base + start, *flat])
         self.last += count
         for (lines, due), offsets in outgoing.groups.items():
             self._deliver(base, offsets, lines, due)
@@ -225,7 +142,7 @@ class Store:
             if chosen:
                 self._execute(
                     _DELIVER_ORDERED if ordered else _DELIVER,
-                    (base, _dumps(offsets), _dumps(chosen), PARKED if due else READY, due),
+                    (base, dumps(offsets), dumps(chosen), PARKED if due else READY, due),
                 )
 
     # -- claim ------------------------------------------------------------------------------------
@@ -307,7 +224,7 @@ class Store:
         blocked = held.union(key for _, key in waiting if key is not None)
         return {
             "first": first if suspect else -1,
-            "blocked": _dumps(list(blocked)),
+            "blocked": dumps(list(blocked)),
         }
 
     def _within_budget(self, positions: str) -> str:
@@ -325,13 +242,13 @@ class Store:
                 break
             kept.append(position)
             total += size
-        return _dumps(kept)
+        return dumps(kept)
 
     # -- settle -----------------------------------------------------------------------------------
 
     def settle(self, line: int, member: int, positions: Sequence[int]) -> None:
         """Handled: forget these deliveries of the member, and messages that nobody needs any more."""
-        text = _dumps(positions)
+        text = dumps(positions)
         self._execute(_SETTLE, (line, member, text))
         route = self.routes.by_line.get(line)
         if route is not None and route.ordered:
@@ -359,23 +276,23 @@ class Store:
         self._execute(
             f"UPDATE deliveries SET state = {READY}, due = 0, owner = NULL, redelivered = 1"
             f" WHERE line = :line AND state = {CLAIMED} AND owner = :member{only}",
-            {"line": line, "member": member, "positions": _dumps(positions or [])},
+            {"line": line, "member": member, "positions": dumps(positions or [])},
         )
         self.touch(line)
 
     def park(self, line: int, member: int, deliveries: Sequence[Delivery], now: float) -> None:
         """Put deliveries aside until each is due, as their next attempt."""
         rows = [
-            [d.tag, now + d.delay, d.attempt + 1, None if d.failure is None else _dumps(asdict(d.failure))]
+            [d.tag, now + d.delay, d.attempt + 1, None if d.failure is None else dumps(asdict(d.failure))]
             for d in deliveries
         ]
-        self._execute(_PARK, (line, member, _dumps(rows)))
+        self._execute(_PARK, (line, member, dumps(rows)))
         self.touch(line)
 
     def bury(self, line: int, member: int, deliveries: Sequence[Delivery]) -> None:
         """Copy to the dead letters what the member still owns, then settle it."""
-        rows = [[d.tag, _dumps(asdict(d.failure))] for d in deliveries if d.failure is not None]
-        self._execute(_BURY, (line, member, _dumps(rows)))
+        rows = [[d.tag, dumps(asdict(d.failure))] for d in deliveries if d.failure is not None]
+        self._execute(_BURY, (line, member, dumps(rows)))
         self.settle(line, member, [d.tag for d in deliveries])
 
     # -- subscriptions ----------------------------------------------------------------------------
@@ -393,7 +310,7 @@ class Store:
 
     def declare(self, subscription: Subscription, process: int | None, now: float) -> Route:
         """Make it, or give it other rules; ``process`` owns it if it is ephemeral."""
-        rules = (_dumps(subscription.patterns), subscription.filter, subscription.ordered)
+        rules = (dumps(subscription.patterns), subscription.filter, subscription.ordered)
         route = self.routes.by_name.get(subscription.name) if subscription.name is not None else None
         if route is not None:
             self._execute(
@@ -499,7 +416,7 @@ class Store:
             f" SELECT m.position, ?1, iif(m.due > ?2, {PARKED}, {READY}), iif(m.due > ?2, m.due, 0),"
             " iif(?3, m.key, NULL), 1"
             " FROM json_each(?4) j CROSS JOIN messages m ON m.position = j.value",
-            (route.line, now, route.ordered, _dumps(chosen)),
+            (route.line, now, route.ordered, dumps(chosen)),
         )
 
     # -- dead letters and numbers ------------------------------------------------------------------
@@ -524,7 +441,7 @@ class Store:
         dead = self.one("SELECT count(*) FROM dead WHERE subscription = ?", route.id)
         oldest = self.one(
             "SELECT min(published) FROM messages WHERE position IN (SELECT value FROM json_each(?))",
-            _dumps(firsts),
+            dumps(firsts),
         )
         return waiting, in_flight, dead, oldest
 
@@ -550,7 +467,7 @@ class Store:
             total += size
         if not numbers:
             return last, []
-        text = _dumps(numbers)
+        text = dumps(numbers)
         metadata, bodies = self.one(_DEAD_METADATA, text), self.one(_DEAD_BODIES, text)
         return numbers[-1], _letters(metadata, bodies)
 
@@ -562,7 +479,7 @@ class Store:
         only = "" if ids is None else " AND id IN (SELECT value FROM json_each(:ids))"
         deleted = self._execute(
             f"DELETE FROM dead WHERE subscription = :subscription{only}",
-            {"subscription": route.id, "ids": _dumps(list(ids or ()))},
+            {"subscription": route.id, "ids": dumps(list(ids or ()))},
         )
         return deleted.rowcount
 
@@ -605,36 +522,6 @@ def _headers(text: str | None) -> dict[str, Any]:
 def _first(row: Sequence[Any]) -> int:
     position: int = row[0]
     return position
-
-
-def _flat(messages: Sequence[Message], now: float) -> list[Any]:
-    flat: list[Any] = []
-    for message in messages:
-        flat += (
-            message.id,
-            message.topic,
-            message.key,
-            _dumps(message.headers) if message.headers else None,
-            message.content_type,
-            message.timestamp,
-            now + message.delay if message.delay else None,
-            message.body,
-        )
-    return flat
-
-
-_statements: dict[int, str] = {}
-
-
-def _insert_messages(rows: int) -> str:
-    sql = _statements.get(rows)
-    if sql is None:
-        values = ",".join(f"(?4+{row},?1,?,?,?,?,?,?,?2,?,?3,?)" for row in range(rows))
-        sql = _statements[rows] = (
-            "INSERT INTO messages (position, namespace, id, topic, key, headers, content_type, published, stored,"
-            f" due, target, body) VALUES {values}"
-        )
-    return sql
 
 
 _DELIVER: Final = """

@@ -12,8 +12,9 @@ import sqlite3
 import time
 from typing import Any, Final
 
+from pubsub_facade.backends._sqlite_routes import Outgoing
 from pubsub_facade.backends._sqlite_schema import CLAIMED, SUSPECT
-from pubsub_facade.backends._sqlite_store import Outgoing, Store
+from pubsub_facade.backends._sqlite_store import Store
 from pubsub_facade.backends._sqlite_wakeup import Pipes
 from pubsub_facade.message import NO_HEADERS, HeaderValue, Message, new_id
 from pubsub_facade.settings import SqliteSettings
@@ -79,9 +80,14 @@ class Upkeep:
 
     def make_room(self, store: Store) -> bool:
         """Delete settled messages before their time, because the file is full; whether there were any."""
-        before = store.one("SELECT count(*) FROM messages")
-        self._transact(store, self._forget_history)
-        return bool(store.one("SELECT count(*) FROM messages") < before)
+        deleted = 0
+
+        def forget(store: Store) -> None:
+            nonlocal deleted
+            deleted = self._advance(store, store.last + 1)
+
+        self._transact(store, forget)
+        return deleted > 0
 
     def _transact(self, store: Store, work: Any, *arguments: Any) -> None:
         touched = dict(store.touched)
@@ -102,7 +108,9 @@ class Upkeep:
         if now - self._beat < self._settings.lease / 3:
             return
         self._beat = now
-        beat = store.connection.execute("UPDATE processes SET seen = ? WHERE id = ?", (int(wall * 1000), self._process))
+        beat = store.connection.execute(
+            "UPDATE processes SET seen = ? WHERE id = ?", (int(wall * 1000), self._process)
+        )
         if beat.rowcount == 0:
             raise Reaped
 
@@ -191,16 +199,16 @@ class Upkeep:
             self.more = horizon - store.horizon >= STEP or self.more
             self._advance(store, horizon)
 
-    def _forget_history(self, store: Store) -> None:
-        self._advance(store, store.last + 1)
-
-    def _advance(self, store: Store, horizon: int) -> None:
-        store.connection.execute(
+    @staticmethod
+    def _advance(store: Store, horizon: int) -> int:
+        """Delete what is below the new horizon and in nobody's line; returns how many."""
+        deleted = store.connection.execute(
             "DELETE FROM messages WHERE position >= ? AND position < ?"
             " AND NOT EXISTS (SELECT 1 FROM deliveries d WHERE d.position = messages.position)",
             (store.horizon, horizon),
         )
         store.connection.execute("UPDATE state SET value = ? WHERE name = 'horizon'", (horizon,))
+        return deleted.rowcount
 
     def _give_back(self, store: Store) -> None:
         """Shrink the file a little, where much of it is free."""

@@ -16,17 +16,17 @@ import sqlite3
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import Any, Final
 
+from pubsub_facade.backends._sqlite_operations import Call, Operation, resolver
 from pubsub_facade.backends._sqlite_schema import corrupt, is_busy, open_database, primary_code, show
-from pubsub_facade.backends._sqlite_store import Claimed, Outgoing, Store
+from pubsub_facade.backends._sqlite_store import Store
 from pubsub_facade.backends._sqlite_upkeep import Reaped, Upkeep, is_full
 from pubsub_facade.backends._sqlite_wakeup import Pipes
-from pubsub_facade.errors import ConnectionLost, PubSubError, SendFailed
-from pubsub_facade.message import Delivery, Message
+from pubsub_facade.errors import ConnectionLost, PubSubError
 from pubsub_facade.settings import Settings
 
 log = logging.getLogger("pubsub_facade")
@@ -34,87 +34,6 @@ log = logging.getLogger("pubsub_facade")
 LARGEST: Final = 64  # operations in one transaction
 PATIENCE: Final = 0.005  # s between tries for another process's lock, at most
 LAST: Final = 2.0  # s that the thread has to end
-
-
-class Operation:
-    """Something to do on the file. ``done`` is called on the loop with its result or its error."""
-
-    __slots__ = ("done",)
-
-    def __init__(self, done: Callable[[Any], None]) -> None:
-        self.done = done
-
-
-class Send(Operation):
-    """Store messages; the result is a list of those that were refused."""
-
-    __slots__ = ("messages", "only", "outgoing")
-
-    def __init__(self, messages: Sequence[Message], only: str | None, done: Callable[[Any], None]) -> None:
-        super().__init__(done)
-        self.messages = messages
-        self.only = only
-        self.outgoing = Outgoing(messages, time.time(), only)
-
-
-class Turn(Operation):
-    """One member's acks and releases, and its wish for more; the result is a `Claimed`."""
-
-    __slots__ = ("acks", "line", "member", "releases", "room", "subscription", "suspect")
-
-    def __init__(
-        self,
-        member: int,
-        subscription: int,
-        line: int,
-        acks: list[int],
-        releases: list[int],
-        room: int,
-        suspect: bool,
-        done: Callable[[Any], None],
-    ) -> None:
-        super().__init__(done)
-        self.member = member
-        self.subscription = subscription
-        self.line = line
-        self.acks = acks
-        self.releases = releases
-        self.room = room
-        self.suspect = suspect
-
-
-class Copy(Operation):
-    """Park or bury deliveries of one member."""
-
-    __slots__ = ("deliveries", "line", "member", "park")
-
-    def __init__(
-        self,
-        member: int,
-        line: int,
-        deliveries: Sequence[Delivery],
-        *,
-        park: bool,
-        done: Callable[[Any], None],
-    ) -> None:
-        super().__init__(done)
-        self.member = member
-        self.line = line
-        self.deliveries = deliveries
-        self.park = park
-
-
-class Call(Operation):
-    """Anything else: ``function(store)`` alone, in a transaction of its own or in none."""
-
-    __slots__ = ("function", "transaction")
-
-    def __init__(
-        self, function: Callable[[Store], Any], *, transaction: bool, done: Callable[[Any], None]
-    ) -> None:
-        super().__init__(done)
-        self.function = function
-        self.transaction = transaction
 
 
 @dataclass(slots=True)
@@ -372,7 +291,7 @@ class Writer:
 
         def run() -> None:
             nonlocal result
-            result = call.function(store)
+            result = call.run(store, time.time())
 
         try:
             if call.transaction:
@@ -383,7 +302,7 @@ class Writer:
         except sqlite3.Error as error:
             if not is_full(error):
                 raise
-            result = PubSubError(self._no_room(error))
+            result = call.refusal(self._no_room(error))
         except PubSubError as error:
             if isinstance(error, ConnectionLost):
                 raise
@@ -437,15 +356,9 @@ class Writer:
         )
 
     def _refusal(self, operation: Operation, error: Exception) -> PubSubError:
-        text = (
-            self._no_room(error)
-            if isinstance(error, sqlite3.Error) and is_full(error)
-            else f"sqlite: {self._name} refused: {error}"
-        )
-        refusal = (
-            SendFailed(text, {message.id: "not stored" for message in operation.messages})
-            if isinstance(operation, Send)
-            else PubSubError(text)
+        full = isinstance(error, sqlite3.Error) and is_full(error)
+        refusal = operation.refusal(
+            self._no_room(error) if full else f"sqlite: {self._name} refused: {error}"
         )
         refusal.__cause__ = error
         return refusal
@@ -453,94 +366,36 @@ class Writer:
     # -- one transaction --------------------------------------------------------------------------
 
     def _attempt(self, store: Store, group: list[Operation]) -> list[Any]:
-        sends = [operation for operation in group if isinstance(operation, Send)]
-        if not sends and self._nothing_to_do(store, group):
-            return [self._look(store, operation) for operation in group if isinstance(operation, Turn)]
-        results: list[Any] = []
         wall = time.time()
-        routed = self._route(store, sends, wall)
+        found = self._without_transaction(store, group, wall)
+        if found is not None:
+            return found
+        results: list[Any] = []
+        routes = store.routes
+        for operation in group:
+            operation.prepare(routes, wall)
 
         def work() -> None:
-            nonlocal routed
-            results.clear()
-            if store.routes.generation != routed[0]:
-                routed = self._route(store, sends, wall)
-            outgoing = iter(routed[1])
-            for operation in group:
-                if isinstance(operation, Send):
-                    results.append(self._send(store, *next(outgoing), wall))
-                elif isinstance(operation, Copy):
-                    results.append(self._copy(store, operation, wall))
-                elif isinstance(operation, Turn):
-                    results.append(self._turn(store, operation, wall))
+            if store.routes is not routes:
+                for operation in group:
+                    operation.prepare(store.routes, wall)
+            results.extend([operation.run(store, wall) for operation in group])
 
-        self._transact(store, work, durable=bool(sends))
+        self._transact(store, work, durable=any(operation.durable for operation in group))
         return results
 
-    def _route(
-        self, store: Store, sends: list[Send], wall: float
-    ) -> tuple[int, list[tuple[Outgoing, list[Message]]]]:
-        """Choose the lines before the transaction, which others wait for, and again in it only if needed."""
-        required = self._settings.require_subscribers
-        routed: list[tuple[Outgoing, list[Message]]] = []
-        for send in sends:
-            outgoing = send.outgoing
-            refused = outgoing.route(store.routes, wall, required=required)
-            if refused:
-                gone = {id(message) for message in refused}
-                kept = [message for message in send.messages if id(message) not in gone]
-                outgoing = Outgoing(kept, wall, send.only)
-                outgoing.route(store.routes, wall, required=required)
-            routed.append((outgoing, refused))
-        return store.routes.generation, routed
-
-    @staticmethod
-    def _send(store: Store, outgoing: Outgoing, refused: list[Message], wall: float) -> list[Message]:
-        if outgoing.messages:
-            store.insert(outgoing, wall)
-        return refused
-
-    @staticmethod
-    def _copy(store: Store, copy: Copy, wall: float) -> None:
-        if copy.park:
-            store.park(copy.line, copy.member, copy.deliveries, wall)
-        else:
-            store.bury(copy.line, copy.member, copy.deliveries)
-
-    @staticmethod
-    def _turn(store: Store, turn: Turn, wall: float) -> Claimed:
-        if turn.acks:
-            store.settle(turn.line, turn.member, turn.acks)
-        if turn.releases:
-            store.release(turn.line, turn.member, turn.releases)
-        route = store.routes.by_id.get(turn.subscription)
-        if route is None:
-            return Claimed(None, None, None)
-        if not turn.room:
-            return Claimed(route.line, None, None)
-        return store.claim(route, turn.member, turn.room, suspect=turn.suspect, now=wall)
-
-    def _nothing_to_do(self, store: Store, group: list[Operation]) -> bool:
-        """Whether these are members that only ask, in vain: then no lock is taken."""
-        if not all(isinstance(each, Turn) and not each.acks and not each.releases for each in group):
-            return False
+    def _without_transaction(self, store: Store, group: list[Operation], wall: float) -> list[Any] | None:
+        """The results, if these are members that ask in vain: then no lock is taken."""
+        if any(operation.durable for operation in group):
+            return None
         self._patiently(store.look)
-        wall = time.time()
-        for turn in group:
-            assert isinstance(turn, Turn)
-            route = store.routes.by_id.get(turn.subscription)
-            if route is not None and turn.room:
-                due, ready, suspects = store.probe(route.line, 1)
-                if ready or (suspects and turn.suspect) or (due is not None and due <= wall):
-                    return False
-        return True
-
-    @staticmethod
-    def _look(store: Store, turn: Turn) -> Claimed:
-        route = store.routes.by_id.get(turn.subscription)
-        if route is None:
-            return Claimed(None, None, None)
-        return Claimed(route.line, None, store.probe(route.line, 1)[0] if turn.room else None)
+        results: list[Any] = []
+        for operation in group:
+            result = operation.idle(store, wall)
+            if result is None:
+                return None
+            results.append(result)
+        return results
 
     def _transact(self, store: Store, work: Callable[[], None], *, durable: bool) -> None:
         """Only what must outlive a power cut waits for the disk: of a lost ack, the message comes again."""
@@ -598,20 +453,6 @@ class Writer:
         for token, lines in others.items():
             self.pipes.wake(token, lines)
         touched.clear()
-
-
-def resolver(future: asyncio.Future[Any]) -> Callable[[Any], None]:
-    """A ``done`` that resolves ``future``, unless its waiter has gone."""
-
-    def done(result: Any) -> None:
-        if future.done():
-            return
-        if isinstance(result, BaseException):
-            future.set_exception(result)
-        else:
-            future.set_result(result)
-
-    return done
 
 
 def _resolve(future: asyncio.Future[None], error: BaseException | None) -> None:

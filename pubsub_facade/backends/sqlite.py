@@ -16,9 +16,10 @@ from datetime import datetime
 from functools import partial
 from typing import Any, Final
 
+from pubsub_facade.backends._sqlite_operations import Copy, Send, Turn, resolver
 from pubsub_facade.backends._sqlite_schema import SUSPECT
 from pubsub_facade.backends._sqlite_store import Claimed, Store, failure_of, unpack
-from pubsub_facade.backends._sqlite_writer import Copy, Send, Turn, Writer, resolver
+from pubsub_facade.backends._sqlite_writer import Writer
 from pubsub_facade.backends.base import Backend, Backlog, Capabilities, Position, Receiver
 from pubsub_facade.errors import ConnectionLost, PubSubError, SendFailed
 from pubsub_facade.message import NO_HEADERS, Delivery, Message
@@ -143,7 +144,8 @@ class SqliteBackend(Backend):
     async def _send(self, messages: Sequence[Message], only: str | None) -> list[Message]:
         writer = self._use()
         future: asyncio.Future[list[Message]] = asyncio.get_running_loop().create_future()
-        writer.submit(Send(messages, only, resolver(future)))
+        required = self.settings.require_subscribers
+        writer.submit(Send(messages, only, required=required, done=resolver(future)))
         return await future
 
     # -- subscriptions ----------------------------------------------------------------------------
@@ -310,9 +312,17 @@ class SqliteReceiver(Receiver):
             if self._waiter is not None or self._acks or self._releases:
                 self._plan()
 
-        suspect = self._suspect is None
         self._writer.submit(
-            Turn(self._member, self._subscription, self.line, acks, releases, room, suspect, done)
+            Turn(
+                self._member,
+                self._subscription,
+                self.line,
+                acks=acks,
+                releases=releases,
+                room=room,
+                suspect=self._suspect is None,
+                done=done,
+            )
         )
 
     def _turned(self, result: Any, acks: list[int], releases: list[int]) -> None:
