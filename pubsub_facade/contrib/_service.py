@@ -33,6 +33,10 @@ Report = Callable[[], tuple[bool, Mapping[str, Any]]]
 def health_of(client: AsyncPubSub) -> tuple[bool, dict[str, Any]]:
     """Whether every member of ``client`` is connected and receiving now, and the facts."""
     members = {
+        registration.subscription.label or "(ephemeral)": False
+        for registration in client.subscribers.registrations
+    }
+    members |= {
         consumer.subscription.label or "(ephemeral)": consumer.receiving for consumer, _ in client._members
     }
     healthy = client.state == "connected" and all(members.values())

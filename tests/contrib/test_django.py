@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import signal
+import socket
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -49,3 +56,148 @@ def test_the_cases_of_the_project_pass(
     assert passed
     assert int(passed[1]) >= 20
     assert "skipped" not in done.stdout
+
+
+class Project:
+    """The project on SQLite and the embedded backend, in one folder, run by its real commands."""
+
+    def __init__(self, folder: Path, **more: str) -> None:
+        self.folder = folder
+        setting = {"backend": "sqlite", "sqlite": {"path": str(folder / "pubsub.db")}}
+        self.environment = environment(
+            f"sqlite:///{folder / 'app.sqlite3'}",
+            SOCIAL_PUBSUB=json.dumps(setting),
+            NOTIFICATIONS=str(folder / "notifications"),
+            **more,
+        )
+        self("migrate", "--run-syncdb", "-v0")
+
+    def run(self, *arguments: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-W", "error", "-m", "django", *arguments],
+            cwd=self.folder,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+
+    def __call__(self, *arguments: str) -> str:
+        """Standard output of a command that succeeds."""
+        done = self.run(*arguments)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def shell(self, code: str) -> str:
+        """What ``manage.py shell`` prints."""
+        return self("shell", "-v0", "-c", code)
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "django", *arguments],
+            cwd=self.folder,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    return Project(tmp_path)
+
+
+def until(true: Callable[[], object], timeout: float = 30) -> None:
+    deadline = time.monotonic() + timeout
+    while not true():
+        assert time.monotonic() < deadline, "it did not come to pass"
+        time.sleep(0.05)
+
+
+COUNT = "from project.social.models import *; print(sum(Count.objects.values_list('posts', flat=True)))"
+WRITE = """
+from django.db import transaction
+from pubsub_facade.contrib.django import publish_on_commit
+with transaction.atomic():
+    for number in range(20):
+        publish_on_commit("social.post.created", {"author": number % 3, "text": f"t{number}"}, headers={"lang": "en"})
+try:
+    with transaction.atomic():
+        publish_on_commit("social.post.created", {"author": 0, "text": "never"})
+        raise ZeroDivisionError
+except ZeroDivisionError:
+    pass
+"""
+
+
+def test_an_event_goes_from_the_shell_by_outbox_and_relay_to_the_handlers(project: Project) -> None:
+    project("pubsub", "declare", "analytics", "social.post.*")
+    project("pubsub", "declare", "notifications", "social.post.*", "--filter", "lang = 'en'")
+    project.shell(WRITE)
+    assert project("pubsub_relay", "--lag").startswith("20 wait")
+    assert project("pubsub_relay", "--drain", "-v0") == "published 20\n"
+    assert project("pubsub_relay", "--lag") == "0 wait; 0 set aside\n"
+    done = project.run("runsubscribers", "--drain", "--concurrency", "3")
+    assert done.returncode == 0, done.stderr
+    assert project.shell(COUNT) == "20\n"
+    texts = (project.folder / "notifications").read_text().split()
+    assert sorted(texts) == sorted(f"t{number}" for number in range(20))
+
+
+def test_runsubscribers_serves_until_sigterm_tells_its_health_and_leaves_nothing(project: Project) -> None:
+    port = free_port()
+    members = project.start("runsubscribers", "--health", str(port))
+    try:
+        until(lambda: health(port) is not None and health(port)["healthy"])
+        assert health(port)["members"] == {"analytics": True, "notifications": True}
+        project.shell(
+            "from pubsub_facade.contrib.django import publish\n"
+            "for n in range(10): publish('social.post.created', {'author': 1, 'text': f't{n}'})"
+        )
+        until(lambda: project.shell(COUNT) == "10\n")
+    finally:
+        members.send_signal(signal.SIGTERM)
+        output, _ = members.communicate(timeout=30)
+    assert members.returncode == 0, output
+    assert "finishing what is in hand" in output
+
+
+def test_exit_codes_are_true(project: Project) -> None:
+    assert project.run("runsubscribers", "nonesuch").returncode == 2
+    project.environment["SOCIAL_PUBSUB"] = json.dumps({"backend": "sqlite", "sqlte": {}})
+    done = project.run("runsubscribers", "--skip-checks")
+    assert done.returncode == 2
+    assert "did you mean" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert project.run("check").returncode == 1
+    assert project.run("pubsub_relay", "--drain", "--skip-checks").returncode == 2
+    assert project.run("pubsub", "backlog", "x").returncode == 2
+
+
+def test_the_command_line_has_djangos_settings(project: Project) -> None:
+    shown = json.loads(project("pubsub", "config", "show", "--json"))
+    assert shown["sqlite.path"]["value"] == str(project.folder / "pubsub.db")
+    project("pubsub", "declare", "mine", "a.#")
+    project("pubsub", "publish", "a.b", "hello")
+    assert '"waiting": 1' in project("pubsub", "backlog", "mine", "--json")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def health(port: int) -> dict[str, Any] | None:
+    """What the health address answers; None while nobody does."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as answer:
+            found: dict[str, Any] = json.load(answer)
+            return found
+    except urllib.error.HTTPError as error:
+        with error:
+            return dict(json.load(error))
+    except OSError:
+        return None

@@ -68,7 +68,7 @@ if os.environ["DATABASE_URL"].startswith("mysql"):
 
 DATABASES = {"default": _database(os.environ["DATABASE_URL"])}
 
-if "PUBSUB_SETTING" in os.environ:
+if "SOCIAL_PUBSUB" in os.environ:
     import json
 
-    PUBSUB = json.loads(os.environ["PUBSUB_SETTING"])
+    PUBSUB = json.loads(os.environ["SOCIAL_PUBSUB"])
