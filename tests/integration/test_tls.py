@@ -1,0 +1,162 @@
+"""TLS on each broker: who may be trusted is trusted, and nobody else, in words that say what is wrong."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from brokers.broker import PASSWORD, USER
+from pubsub_facade import AsyncPubSub, AuthenticationFailed, ConnectionFailed, Settings
+from tests.integration.secured import Secured
+
+BROKERS = [
+    pytest.param(name, marks=pytest.mark.broker(name))
+    for name in ("rabbitmq", "kafka", "activemq", "artemis")
+]
+
+
+@pytest.fixture(scope="module", params=BROKERS)
+def secured(request: pytest.FixtureRequest) -> Iterator[Secured]:
+    broker = Secured(request.param)
+    yield broker
+    broker.broker.remove()
+
+
+async def round_trip(settings: dict[str, Any]) -> None:
+    """Publish and receive one message."""
+    async with AsyncPubSub(Settings(**settings)) as pubsub:
+        try:
+            async with pubsub.subscribe("tls.#", subscription="tls") as stream:
+                sent = await pubsub.publish("tls.a", "hello")
+                delivery = await stream.receive(20)
+                assert (delivery.id, delivery.payload) == (sent.id, "hello")
+                await delivery.ack()
+        finally:
+            await pubsub.delete("tls")
+
+
+async def refused(settings: dict[str, Any]) -> str:
+    """The text of the ConnectionFailed that connecting raises, and no password in it."""
+    async with AsyncPubSub(Settings(**settings)) as pubsub:
+        with pytest.raises(ConnectionFailed) as caught:
+            await pubsub.ping()
+    text = str(caught.value)
+    assert "127.0.0.1" in text
+    assert f":{PASSWORD}@" not in text
+    return text
+
+
+async def test_the_right_authority_is_trusted(secured: Secured) -> None:
+    await round_trip(secured.settings(secured.port, {"ca": secured.certificates.ca}))
+
+
+async def test_a_certificate_of_another_authority_is_refused(secured: Secured) -> None:
+    text = await refused(secured.settings(secured.port, {"ca": secured.certificates.stranger}))
+    assert "certificate" in text.lower()
+
+
+async def test_the_system_s_authorities_do_not_know_this_broker(secured: Secured) -> None:
+    text = await refused(secured.settings(secured.port, {}))
+    assert "certificate" in text.lower()
+
+
+async def test_a_certificate_for_another_name_is_refused(secured: Secured) -> None:
+    tls = {"ca": secured.certificates.ca, "hostname": "broker.example"}
+    text = await refused(secured.settings(secured.port, tls))
+    assert "broker.example" in text
+
+
+async def test_a_name_given_by_hand_is_what_the_certificate_must_hold(secured: Secured) -> None:
+    await round_trip(secured.settings(secured.port, {"ca": secured.certificates.ca, "hostname": "localhost"}))
+
+
+async def test_verification_is_off_only_by_name(secured: Secured) -> None:
+    await round_trip(secured.settings(secured.port, {"verify": False, "ca": secured.certificates.stranger}))
+
+
+async def test_tls_to_a_plain_port_is_refused(secured: Secured) -> None:
+    await refused(secured.settings(secured.plain_port, {"ca": secured.certificates.ca}))
+
+
+async def test_plain_text_to_a_tls_port_is_refused(secured: Secured) -> None:
+    settings = secured.settings(secured.port, {})
+    section = settings[settings["backend"]]
+    section["tls"] = {"enabled": False}
+    if "url" in section:
+        section["url"] = section["url"].replace("amqps:", "amqp:").replace("stomps:", "stomp:")
+    await refused(settings)
+
+
+async def test_a_client_certificate_opens_a_door_that_wants_one(secured: Secured) -> None:
+    files = secured.certificates
+    tls = {"ca": files.ca, "cert": files.client, "key": files.client_key}
+    await round_trip(secured.settings(secured.mutual_port, tls))
+
+
+async def test_a_client_certificate_of_another_authority_is_refused(secured: Secured) -> None:
+    files = secured.certificates
+    tls = {"ca": files.ca, "cert": files.intruder, "key": files.intruder_key}
+    await refused(secured.settings(secured.mutual_port, tls))
+
+
+async def test_a_wrong_password_is_an_authentication_error(secured: Secured) -> None:
+    if secured.name == "kafka":
+        settings = secured.settings(
+            secured.sasl_port,
+            {"ca": secured.certificates.ca},
+            username=USER,
+            password="wrong-password",
+            sasl_mechanism="PLAIN",
+        )
+    else:
+        settings = secured.settings(secured.port, {"ca": secured.certificates.ca}, password="wrong-password")
+    async with AsyncPubSub(Settings(**settings)) as pubsub:
+        with pytest.raises(AuthenticationFailed) as caught:
+            await pubsub.ping()
+    assert "wrong-password" not in str(caught.value)
+    assert USER in str(caught.value)
+
+
+@pytest.mark.parametrize("mechanism", ["PLAIN"])
+async def test_sasl_lets_a_known_user_in(secured: Secured, mechanism: str) -> None:
+    if secured.name != "kafka":
+        pytest.skip("SASL mechanisms are Kafka's; the others' user and password are in every other case")
+    await round_trip(
+        secured.settings(
+            secured.sasl_port,
+            {"ca": secured.certificates.ca},
+            username=USER,
+            password=PASSWORD,
+            sasl_mechanism=mechanism,
+        )
+    )
+
+
+async def test_an_expired_certificate_is_refused(secured: Secured) -> None:
+    """Before a word of the broker's protocol is spoken, so that whose certificate it is does not matter."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(secured.certificates.expired, secured.certificates.expired_key)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            while True:
+                try:
+                    connection, _ = server.accept()
+                except OSError:
+                    return
+                with connection:
+                    try:
+                        context.wrap_socket(connection, server_side=True).close()
+                    except OSError:
+                        pass
+
+        threading.Thread(target=serve, daemon=True).start()
+        port = server.getsockname()[1]
+        text = await refused(secured.settings(port, {"ca": secured.certificates.ca}))
+        server.shutdown(socket.SHUT_RDWR)
+    assert "expired" in text
