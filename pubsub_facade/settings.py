@@ -199,7 +199,8 @@ class KafkaSettings(_Section):
         username, password: for SASL.
         sasl_mechanism: ``PLAIN``, ``SCRAM-SHA-256`` or ``SCRAM-SHA-512``; None: SCRAM-SHA-256 if a user is given.
         tls: enabled, CA, client certificate, verification.
-        partitions: of the topics we create (None: the broker's default): so many members of a subscription can share a topic's messages.
+        partitions: of the topics we create (None: the broker's default); so many members of a subscription can
+            share a topic's messages.
         replication_factor, min_insync_replicas: of the topics we create; None: the broker's default.
         retention: seconds that a topic we create keeps messages; None: the broker's default.
         compression: codec of the batches we send.
