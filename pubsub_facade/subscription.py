@@ -21,6 +21,7 @@ from pubsub_facade.message import HeaderValue
 from pubsub_facade.topics import PatternSet, check_pattern
 
 MAX_SUBSCRIPTION: Final = 100
+DEAD: Final = ".dead"  # what the dead letters of a subscription are called after its name (contract 9)
 _NAME: Final = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 
 
@@ -101,6 +102,10 @@ def check_subscription(name: object) -> str:
         raise ConfigError(
             f"subscription name {name!r} is not usable: give words of A-Z a-z 0-9 _ - joined by dots, "
             f"at most {MAX_SUBSCRIPTION} characters, as 'analytics'"
+        )
+    if name.endswith(DEAD):
+        raise ConfigError(
+            f"subscription name {name!r} is that of the dead letters of {name.removesuffix(DEAD)!r}: choose another"
         )
     return name
 

@@ -26,7 +26,9 @@ from pubsub_facade.stream import Stream
 from pubsub_facade.subscription import Backoff, Subscription
 from pubsub_facade.sync import PubSub
 
-DEADLINE: Final = float(os.environ.get("CONFORMANCE_DEADLINE", "45"))  # s for what must happen, on a broker that shares two busy cores
+DEADLINE: Final = float(
+    os.environ.get("CONFORMANCE_DEADLINE", "45")
+)  # s for what must happen, on a broker that shares two busy cores
 QUIET: Final = 0.3  # s that show that nothing more comes
 SOON: Final = Backoff(initial=0.05, maximum=0.2, jitter=0)
 
@@ -237,8 +239,7 @@ class Bench:
         for namespace in self._touched:
             settings = self.settings(namespace=namespace)
             async with AsyncPubSub(settings) as pubsub:
-                for name in self._declared[namespace]:
-                    await pubsub.delete(name)
+                await asyncio.gather(*(pubsub.delete(name) for name in self._declared[namespace]))
             if self._drop is not None:
                 await self._drop(settings)
         await asyncio.sleep(0)  # transports that were closed say so in the loop's next turn
