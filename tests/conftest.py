@@ -14,6 +14,7 @@ from typing import Final
 import pytest
 
 from pubsub_facade import Settings
+from pubsub_facade.backends import backend_class, known_backends
 from pubsub_facade.testing.conformance import SettingsFactory
 
 BROKERS: Final = ("rabbitmq", "kafka", "activemq", "artemis")
@@ -43,6 +44,10 @@ def broker_settings(form: str) -> SettingsFactory:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    for (
+        name
+    ) in known_backends():  # here, not within a test: rewriting asserts in deep recursion crashes Python 3.11
+        backend_class(name)
     config.addinivalue_line("markers", "conformance: a case of the conformance suite on a real broker")
 
 
