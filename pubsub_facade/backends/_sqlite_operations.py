@@ -124,16 +124,21 @@ class Turn(Operation):
         self.suspect = suspect
 
     def run(self, store: Store, wall: float) -> Claimed:
+        route = store.routes.by_id.get(self.subscription)
+        ordered = route is not None and route.ordered and route.members > 1
+        keys = store.keys_held(self.line, self.member, self.acks) if ordered and self.acks else None
         if self.acks:
             store.settle(self.line, self.member, self.acks)
         if self.releases:
             store.release(self.line, self.member, self.releases)
-        route = store.routes.by_id.get(self.subscription)
-        if route is None:
-            return Claimed(None, None, None)
-        if not self.room:
-            return Claimed(route.line, None, None)
-        return store.claim(route, self.member, self.room, suspect=self.suspect, now=wall)
+        claimed = Claimed(None, None, None)
+        if route is not None:
+            claimed = Claimed(route.line, None, None)
+            if self.room:
+                claimed = store.claim(route, self.member, self.room, suspect=self.suspect, now=wall)
+        if keys and not keys <= store.keys_held(self.line, self.member):
+            store.touch(self.line)  # others may have the keys now
+        return claimed
 
     def idle(self, store: Store, wall: float) -> Claimed | None:
         if self.acks or self.releases:
@@ -144,7 +149,13 @@ class Turn(Operation):
         if not self.room:
             return Claimed(route.line, None, None)
         due, ready, suspects = store.probe(route.line, 1)
-        if ready or (suspects and self.suspect) or (due is not None and due <= wall):
+        first = bool(suspects and self.suspect)
+        if due is not None and due <= wall:
+            return None
+        if route.ordered and (ready or first):
+            if store.choose(route, self.member, 1, suspect=first)[0] != "[]":
+                return None
+        elif ready or first:
             return None
         return Claimed(route.line, None, due)
 

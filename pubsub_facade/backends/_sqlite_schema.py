@@ -64,7 +64,7 @@ CREATE TABLE deliveries (
     key TEXT,                          -- of ordered subscriptions only
     PRIMARY KEY (position, line)
 ) WITHOUT ROWID;
-CREATE INDEX deliveries_line ON deliveries (line, state, due, position);
+CREATE INDEX deliveries_line ON deliveries (line, state, due, position, key);
 CREATE TABLE dead (
     number INTEGER PRIMARY KEY AUTOINCREMENT,
     subscription INTEGER NOT NULL,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any, Final, NamedTuple
 
@@ -22,6 +22,10 @@ from pubsub_facade.subscription import Subscription
 
 ROWS: Final = 250  # messages in one INSERT
 CLAIM_BYTES: Final = 8 << 20  # bodies handed out by one claim, if there are two
+
+
+class Reaped(Exception):
+    """Another process took this one for dead."""
 
 
 class Claim(NamedTuple):
@@ -51,6 +55,7 @@ class Store:
     def __init__(self, connection: sqlite3.Connection, namespace: str) -> None:
         self.connection = connection
         self.namespace = namespace
+        self.process: int | None = None
         self.routes = Routes(-1)
         self.horizon = 0  # messages below it have outlived their retention
         self.last = 0  # the last message's position
@@ -71,7 +76,7 @@ class Store:
         self.look()
 
     def look(self) -> None:
-        """Read the state; load the routes if another process, or this one, changed them."""
+        """Read the state; load the routes if another process, or this one, changed them. Raises Reaped."""
         generation, self.horizon, self.last = self._execute(
             "SELECT (SELECT value FROM state WHERE name = 'generation'),"
             " (SELECT value FROM state WHERE name = 'horizon'),"
@@ -98,6 +103,8 @@ class Store:
         self.look()
 
     def _load(self, generation: int) -> Routes:
+        if self.process is not None and not self.one("SELECT 1 FROM processes WHERE id = ?", self.process):
+            raise Reaped
         routes = Routes(generation)
         rows = self.one(
             "SELECT json_group_array(json_array(id, line, name, patterns, filter, ordered))"
@@ -177,7 +184,7 @@ class Store:
         share = min(room - first, -(-ready // max(1, route.members)))
         if not share and not first:
             return Claimed(line, None, due)
-        positions, total = self._choose(route, member, share, suspect=first)
+        positions, total = self.choose(route, member, share, suspect=first)
         if total > CLAIM_BYTES:
             positions = self._within_budget(positions)
         if positions == "[]":
@@ -191,7 +198,7 @@ class Store:
         )
         return Claimed(line, Claim(line, metadata, bodies), due)
 
-    def _choose(self, route: Route, member: int, share: int, *, suspect: bool) -> tuple[str, int]:
+    def choose(self, route: Route, member: int, share: int, *, suspect: bool) -> tuple[str, int]:
         """The positions, as JSON, and the size of their bodies."""
         parameters: dict[str, Any] = {"line": route.line, "share": share, "suspects": int(suspect)}
         sql = _CANDIDATES
@@ -250,11 +257,18 @@ class Store:
         """Handled: forget these deliveries of the member, and messages that nobody needs any more."""
         text = dumps(positions)
         self._execute(_SETTLE, (line, member, text))
-        route = self.routes.by_line.get(line)
-        if route is not None and route.ordered:
-            self.touch(line)
         if min(positions) < self.horizon:
             self.forget(text)
+
+    def keys_held(self, line: int, member: int, positions: Sequence[int] | None = None) -> set[str]:
+        """The keys of what a member holds, or of these of its deliveries."""
+        only = "" if positions is None else " AND position IN (SELECT value FROM json_each(:positions))"
+        row = self._execute(
+            f"SELECT json_group_array(DISTINCT key) FROM deliveries WHERE line = :line AND state = {CLAIMED}"
+            f" AND owner = :member AND key IS NOT NULL{only}",
+            {"line": line, "member": member, "positions": dumps(positions or [])},
+        ).fetchone()
+        return set(json.loads(row[0]))
 
     def forget(self, positions: str) -> None:
         """Delete those of these messages that are past their retention and in nobody's line."""
@@ -294,6 +308,28 @@ class Store:
         rows = [[d.tag, dumps(asdict(d.failure))] for d in deliveries if d.failure is not None]
         self._execute(_BURY, (line, member, dumps(rows)))
         self.settle(line, member, [d.tag for d in deliveries])
+        self.touch(line)
+
+    # -- processes --------------------------------------------------------------------------------
+
+    def enter(self, token: str, pid: int, now: float) -> None:
+        """Add this process; give back what members hold that nobody knows of any more."""
+        self.process = self.one(
+            "INSERT INTO processes (token, pid, seen) VALUES (?, ?, ?) RETURNING id",
+            token,
+            pid,
+            int(now * 1000),
+        )
+        self._execute(
+            f"UPDATE deliveries SET state = {SUSPECT}, due = 0, owner = NULL, attempt = attempt + 1, redelivered = 1"
+            f" WHERE state = {CLAIMED} AND line IN (SELECT line FROM subscriptions)"
+            " AND owner NOT IN (SELECT id FROM members)"
+        )
+
+    def exit(self) -> None:
+        """Take this process out; its members have left."""
+        self._execute("DELETE FROM processes WHERE id = ?", (self.process,))
+        self.process = None
 
     # -- subscriptions ----------------------------------------------------------------------------
 
@@ -408,7 +444,7 @@ class Store:
         while rows := json.loads(self.one(_HISTORY, self.namespace, since, position)):
             for position, topic, headers in rows:
                 probe.topic = topic
-                probe.headers = _headers(headers)
+                probe.headers = headers_of(headers)
                 if only.lines(probe):
                     chosen.append(position)
         self._execute(
@@ -419,7 +455,7 @@ class Store:
             (route.line, now, route.ordered, dumps(chosen)),
         )
 
-    # -- dead letters and numbers ------------------------------------------------------------------
+    # -- numbers ------------------------------------------------------------------------------------
 
     def inspect(self, name: str) -> tuple[int, int, int, float | None]:
         """Waiting, in flight, dead, and when the oldest waiting was published."""
@@ -445,44 +481,6 @@ class Store:
         )
         return waiting, in_flight, dead, oldest
 
-    def last_dead(self, name: str) -> int:
-        """The number of the newest dead letter, 0 where there is none."""
-        self.look()
-        route = self.routes.by_name.get(name)
-        return 0 if route is None else int(self.one(_LAST_DEAD, route.id) or 0)
-
-    def dead(self, name: str, after: int, last: int) -> tuple[int, list[Message]]:
-        """Some dead letters with numbers above ``after`` up to ``last``, and the number to go on from."""
-        self.look()
-        route = self.routes.by_name.get(name)
-        if route is None:
-            return last, []
-        sizes = json.loads(self.one(_DEAD_SIZES, route.id, after, last))
-        numbers: list[int] = []
-        total = 0
-        for number, size in sizes:
-            if numbers and total + size > CLAIM_BYTES:
-                break
-            numbers.append(number)
-            total += size
-        if not numbers:
-            return last, []
-        text = dumps(numbers)
-        metadata, bodies = self.one(_DEAD_METADATA, text), self.one(_DEAD_BODIES, text)
-        return numbers[-1], _letters(metadata, bodies)
-
-    def discard(self, name: str, ids: Collection[str] | None) -> int:
-        """Delete dead letters by message id, or all; returns how many."""
-        route = self.routes.by_name.get(name)
-        if route is None:
-            return 0
-        only = "" if ids is None else " AND id IN (SELECT value FROM json_each(:ids))"
-        deleted = self._execute(
-            f"DELETE FROM dead WHERE subscription = :subscription{only}",
-            {"subscription": route.id, "ids": dumps(list(ids or ()))},
-        )
-        return deleted.rowcount
-
 
 def unpack(claim: Claim) -> list[tuple[list[Any], bytes]]:
     """The rows of a claim, each with its body; columns as in ``_METADATA``."""
@@ -496,26 +494,13 @@ def unpack(claim: Claim) -> list[tuple[list[Any], bytes]]:
     return out
 
 
-def _letters(metadata: str, bodies: bytes) -> list[Message]:
-    letters: list[Message] = []
-    start = 0
-    for size, id, topic, key, headers, content_type, published, failure in json.loads(metadata):
-        letter = Message(topic, None, key=key, headers=_headers(headers), id=id)
-        letter.body = bodies[start : start + size]
-        letter.content_type = content_type
-        letter.timestamp = None if published is None else float(published)
-        letter.failure = failure_of(failure)
-        letters.append(letter)
-        start += size
-    return letters
-
-
 def failure_of(text: str | None) -> Failure | None:
     """A stored failure."""
     return None if text is None else Failure(**json.loads(text))
 
 
-def _headers(text: str | None) -> dict[str, Any]:
+def headers_of(text: str | None) -> dict[str, Any]:
+    """Stored headers."""
     return {} if text is None else json.loads(text)
 
 
@@ -556,11 +541,11 @@ UNION ALL
 SELECT * FROM (SELECT position FROM deliveries WHERE line = :line AND state = {READY}
     AND (key IS NULL OR key NOT IN (SELECT value FROM json_each(:blocked))) ORDER BY due, position LIMIT :share)""")
 
-_PUBLISHED: Final = "iif(m.published IS NULL, NULL, printf('%!.17g', m.published))"
+PUBLISHED: Final = "iif(m.published IS NULL, NULL, printf('%!.17g', m.published))"
 
 _METADATA: Final = f"""
 SELECT json_group_array(json_array(m.position, length(m.body), m.id, m.topic, m.key, m.headers, m.content_type,
-    {_PUBLISHED}, d.attempt, d.redelivered, d.failure, d.state))
+    {PUBLISHED}, d.attempt, d.redelivered, d.failure, d.state))
 FROM (SELECT value FROM json_each(?1) ORDER BY value) j
 CROSS JOIN messages m ON m.position = j.value CROSS JOIN deliveries d ON d.position = j.value AND d.line = ?2"""
 
@@ -591,18 +576,3 @@ _HISTORY: Final = """
 SELECT json_group_array(json_array(position, topic, headers)) FROM (
     SELECT position, topic, headers FROM messages WHERE namespace = ?1 AND target IS NULL
     AND coalesce(published, 0) >= ?2 AND position > ?3 ORDER BY position LIMIT 5000)"""
-
-_LAST_DEAD: Final = "SELECT max(number) FROM dead WHERE subscription = ?"
-
-_DEAD_SIZES: Final = """
-SELECT json_group_array(json_array(number, length(body))) FROM (
-    SELECT number, body FROM dead WHERE subscription = ? AND number > ? AND number <= ? ORDER BY number LIMIT 200)"""
-
-_DEAD_METADATA: Final = f"""
-SELECT json_group_array(json_array(length(m.body), m.id, m.topic, m.key, m.headers, m.content_type,
-    {_PUBLISHED}, m.failure))
-FROM (SELECT value FROM json_each(?1) ORDER BY value) j CROSS JOIN dead m ON m.number = j.value"""
-
-_DEAD_BODIES: Final = """
-SELECT CAST(group_concat(m.body, '') AS BLOB)
-FROM (SELECT value FROM json_each(?1) ORDER BY value) j CROSS JOIN dead m ON m.number = j.value"""

@@ -14,9 +14,9 @@ from typing import Any, Final
 
 from pubsub_facade.backends._sqlite_routes import Outgoing
 from pubsub_facade.backends._sqlite_schema import CLAIMED, SUSPECT
-from pubsub_facade.backends._sqlite_store import Store
+from pubsub_facade.backends._sqlite_store import Reaped, Store
 from pubsub_facade.backends._sqlite_wakeup import Pipes
-from pubsub_facade.message import NO_HEADERS, HeaderValue, Message, new_id
+from pubsub_facade.message import NO_HEADERS, RESERVED_PREFIX, HeaderValue, Message, new_id
 from pubsub_facade.settings import SqliteSettings
 
 STEP: Final = 1000  # rows deleted in one transaction
@@ -26,23 +26,17 @@ LOOK: Final = 0.5  # s between looks
 LOOK_WITHOUT_PIPES: Final = 0.02
 
 
-class Reaped(Exception):
-    """Another process took this one for dead."""
-
-
 class Upkeep:
     """One process's share of it.
 
     Arguments:
-        process: its number in the file.
         pipes: how to tell whether the others live.
     """
 
-    def __init__(self, settings: SqliteSettings, process: int, pipes: Pipes) -> None:
+    def __init__(self, settings: SqliteSettings, pipes: Pipes) -> None:
         self.pause = LOOK if pipes.reading is not None else LOOK_WITHOUT_PIPES
         self.more = False  # the last step left something to do
         self._settings = settings
-        self._process = process
         self._pipes = pipes
         self._beat = time.monotonic()
         self._seen: dict[int, tuple[int, float]] = {}  # process -> what it last said, and when we saw that
@@ -67,7 +61,7 @@ class Upkeep:
         row = store.connection.execute(_LOOK, (store.namespace, store.horizon)).fetchone()
         processes, inbox, dropped, oldest = row
         for process, token, seen in json.loads(processes):
-            if process != self._process and self._is_dead(process, token, seen):
+            if process != store.process and self._is_dead(process, token, seen):
                 self._transact(store, self._reap, process, token, seen)
         if inbox:
             self._transact(store, self._take_in, wall)
@@ -109,7 +103,7 @@ class Upkeep:
             return
         self._beat = now
         beat = store.connection.execute(
-            "UPDATE processes SET seen = ? WHERE id = ?", (int(wall * 1000), self._process)
+            "UPDATE processes SET seen = ? WHERE id = ?", (int(wall * 1000), store.process)
         )
         if beat.rowcount == 0:
             raise Reaped
@@ -248,7 +242,11 @@ def _foreign_headers(text: Any) -> dict[str, HeaderValue]:
         return {}
     if not isinstance(found, dict):
         return {}
-    return {name: value for name, value in found.items() if isinstance(value, str | int | float)}
+    return {
+        name: value
+        for name, value in found.items()
+        if isinstance(value, str | int | float) and not name.lower().startswith(RESERVED_PREFIX)
+    }
 
 
 def is_full(error: sqlite3.Error) -> bool:

@@ -23,8 +23,8 @@ from typing import Any, Final
 
 from pubsub_facade.backends._sqlite_operations import Call, Operation, resolver
 from pubsub_facade.backends._sqlite_schema import corrupt, is_busy, open_database, primary_code, show
-from pubsub_facade.backends._sqlite_store import Store
-from pubsub_facade.backends._sqlite_upkeep import Reaped, Upkeep, is_full
+from pubsub_facade.backends._sqlite_store import Reaped, Store
+from pubsub_facade.backends._sqlite_upkeep import Upkeep, is_full
 from pubsub_facade.backends._sqlite_wakeup import Pipes
 from pubsub_facade.errors import ConnectionLost, PubSubError
 from pubsub_facade.settings import Settings
@@ -60,9 +60,11 @@ class Writer:
         tell: Callable[[set[int] | None], None],
         lost: Callable[[PubSubError], None],
     ) -> None:
+        path = settings.sqlite.path.absolute()  # also after the process has changed its directory
         self.process = 0
-        self.pipes = Pipes(settings.sqlite.path)
+        self.pipes = Pipes(path)
         self._settings = settings
+        self._sqlite = settings.sqlite.model_copy(update={"path": path})
         self._tell = tell
         self._lost = lost
         self._loop = asyncio.get_running_loop()
@@ -97,10 +99,7 @@ class Writer:
 
     async def leave(self) -> None:
         """Tell the other processes, by the file, that this one is going."""
-        await self.call(self._leave, transaction=True)
-
-    def _leave(self, store: Store) -> None:
-        store.connection.execute("DELETE FROM processes WHERE id = ?", (self.process,))
+        await self.call(Store.exit, transaction=True)
 
     async def stop(self, *, left: bool) -> None:
         """Finish what is in the queue and end the thread, without waiting for it where it is stuck.
@@ -121,7 +120,7 @@ class Writer:
 
     @property
     def _name(self) -> str:
-        return show(self._settings.sqlite.path)
+        return show(self._sqlite.path)
 
     # -- the thread -------------------------------------------------------------------------------
 
@@ -137,7 +136,7 @@ class Writer:
             return
         self._post(_resolve, self._opened, None)
         ended = False
-        while not ended:
+        while not ended and not self._loop.is_closed():
             operations, ended = self._take()
             outcome = _Outcome()
             with self.guard:
@@ -146,6 +145,8 @@ class Writer:
                 self._post(self._finish, outcome)
         with self.guard:
             self._disconnect()
+            if not ended:  # nobody will close us: let the others see that nobody is here
+                self.pipes.forget_descriptors()
         self._post(_resolve, self._ended, None)
 
     def _post(self, function: Callable[..., None], *arguments: Any) -> None:
@@ -186,27 +187,21 @@ class Writer:
     def _enter(self) -> None:
         store = self._connect()
         self.pipes.open()
-        now = int(time.time() * 1000)
-
-        def enter() -> None:
-            self.process = store.one(
-                "INSERT INTO processes (token, pid, seen) VALUES (?, ?, ?) RETURNING id",
-                self.pipes.token,
-                os.getpid(),
-                now,
-            )
-
-        self._transact(store, enter, durable=False)
-        self._upkeep = Upkeep(self._settings.sqlite, self.process, self.pipes)
+        now = time.time()
+        self._transact(store, lambda: store.enter(self.pipes.token, os.getpid(), now), durable=False)
+        assert store.process is not None
+        self.process = store.process
+        self._upkeep = Upkeep(self._sqlite, self.pipes)
 
     def _connect(self) -> Store:
         if self._store is None:
             settings = self._settings
-            deadline = time.monotonic() + min(settings.sqlite.busy_timeout, settings.connect_timeout)
-            connection = open_database(settings.sqlite, deadline)
+            deadline = time.monotonic() + min(self._sqlite.busy_timeout, settings.connect_timeout)
+            connection = open_database(self._sqlite, deadline)
             self._store = Store(connection, settings.namespace)
+            self._store.process = self.process or None
             self._durable = True
-            found = settings.sqlite.path.stat()
+            found = self._sqlite.path.stat()
             self._identity = (found.st_dev, found.st_ino)
         return self._store
 
@@ -252,18 +247,18 @@ class Writer:
             return error
         if isinstance(error, Reaped):
             lost: PubSubError = ConnectionLost(
-                f"sqlite: another process took this one for dead after {self._settings.sqlite.lease:g} s of silence: "
+                f"sqlite: another process took this one for dead after {self._sqlite.lease:g} s of silence: "
                 "what was in hand goes to others"
             )
         elif isinstance(error, sqlite3.Error) and is_busy(error):
             lost = ConnectionLost(
-                f"sqlite: {self._name} was locked by another process for {self._settings.sqlite.busy_timeout:g} s"
+                f"sqlite: {self._name} was locked by another process for {self._sqlite.busy_timeout:g} s"
             )
         elif isinstance(error, sqlite3.Error) and primary_code(error) in (
             sqlite3.SQLITE_CORRUPT,
             sqlite3.SQLITE_NOTADB,
         ):
-            lost = corrupt(self._settings.sqlite.path, error)
+            lost = corrupt(self._sqlite.path, error)
         else:
             lost = ConnectionLost(f"sqlite: {self._name} cannot be used: {error}")
         lost.__cause__ = error
@@ -348,7 +343,7 @@ class Writer:
             return False
 
     def _no_room(self, error: Exception) -> str:
-        limit = self._settings.sqlite.max_size
+        limit = self._sqlite.max_size
         return (
             f"sqlite: no room in {self._name} ({error}): "
             + (f"raise sqlite.max_size (now {limit} bytes), " if limit is not None else "free disk space, ")
@@ -399,7 +394,7 @@ class Writer:
 
     def _transact(self, store: Store, work: Callable[[], None], *, durable: bool) -> None:
         """Only what must outlive a power cut waits for the disk: of a lost ack, the message comes again."""
-        if durable != self._durable and self._settings.sqlite.synchronous == "full":
+        if durable != self._durable and self._sqlite.synchronous == "full":
             store.connection.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
             self._durable = durable
         self._patiently(store.begin)
@@ -422,7 +417,7 @@ class Writer:
                 return
             except sqlite3.OperationalError as error:
                 now = time.monotonic()
-                end = end or now + self._settings.sqlite.busy_timeout
+                end = end or now + self._sqlite.busy_timeout
                 if not is_busy(error) or now >= end or self._stopping:
                     raise
             time.sleep(pause)
@@ -430,7 +425,7 @@ class Writer:
 
     def _check_identity(self) -> None:
         """A file removed or replaced under us would take messages that nobody ever reads."""
-        path = self._settings.sqlite.path
+        path = self._sqlite.path
         try:
             found = path.stat()
             same = (found.st_dev, found.st_ino) == self._identity
@@ -474,10 +469,12 @@ def _is_fault_of_one(error: Exception) -> bool:
 
 
 _writers: weakref.WeakSet[Writer] = weakref.WeakSet()
+_forking = threading.Lock()
 _held: list[Writer] = []
 
 
 def _before_fork() -> None:
+    _forking.acquire()
     for writer in list(_writers):
         writer.guard.acquire()
         _held.append(writer)
@@ -487,9 +484,12 @@ def _before_fork() -> None:
 def _after_fork_in_parent() -> None:
     while _held:
         _held.pop().guard.release()
+    _forking.release()
 
 
 def _after_fork_in_child() -> None:
+    global _forking
+    _forking = threading.Lock()
     while _held:
         _held.pop().pipes.forget_descriptors()
     _writers.clear()

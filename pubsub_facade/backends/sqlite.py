@@ -16,6 +16,7 @@ from datetime import datetime
 from functools import partial
 from typing import Any, Final
 
+from pubsub_facade.backends._sqlite_letters import discard, last_letter, letters
 from pubsub_facade.backends._sqlite_operations import Copy, Send, Turn, resolver
 from pubsub_facade.backends._sqlite_schema import SUSPECT
 from pubsub_facade.backends._sqlite_store import Claimed, Store, failure_of, unpack
@@ -31,6 +32,7 @@ log = logging.getLogger("pubsub_facade")
 GATHER: Final = 0.001  # s that acks, and the wish for a few more, wait for others
 RETRY: Final = 0.5  # s until a turn that found no room in the file is tried again
 HELD_BYTES: Final = 64 << 20  # bodies in one member's hands from which on it asks for no more
+MICROSECOND: Final = 1e-6
 PATIENCE: Final = 5.0  # s that leaving may take
 
 
@@ -175,20 +177,24 @@ class SqliteBackend(Backend):
         return Backlog(waiting, in_flight, dead, None if oldest is None else max(0.0, time.time() - oldest))
 
     async def dead(self, subscription: str) -> AsyncIterator[Message]:
-        last = await self._ask(lambda store: store.last_dead(subscription))
+        last = await self._ask(lambda store: last_letter(store, subscription))
         number = 0
         while number < last:
-            number, letters = await self._ask(partial(Store.dead, name=subscription, after=number, last=last))
-            for letter in letters:
+            number, page = await self._ask(partial(letters, name=subscription, after=number, last=last))
+            for letter in page:
                 yield letter
 
     async def discard(self, subscription: str, ids: Collection[str] | None) -> int:
         chosen = None if ids is None else list(ids)
-        count: int = await self._do(lambda store: store.discard(subscription, chosen))
+        count: int = await self._do(lambda store: discard(store, subscription, chosen))
         return count
 
     async def seek(self, subscription: str, to: Position) -> None:
-        since = to.timestamp() if isinstance(to, datetime) else 0.0 if to == "beginning" else None
+        since: float | None = None  # "end": nothing that is there
+        if to == "beginning":
+            since = 0.0
+        elif isinstance(to, datetime):
+            since = to.timestamp() - MICROSECOND  # a datetime is rounded, a stored time is not
         now = time.time()
         await self._do(lambda store: store.seek(subscription, since, now))
 
