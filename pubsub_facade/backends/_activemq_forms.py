@@ -320,8 +320,9 @@ class Virtual(Classic):
     root = "VirtualTopic."
 
     def topic_of(self, headers: Mapping[str, str]) -> str | None:
-        original = headers.get("original-destination")
-        return None if original is None else original.removeprefix(f"/topic/{self.root}{self.space}.")
+        shown = headers.get("original-destination") or headers.get("destination", "")
+        _, found, topic = shown.partition(f"/topic/{self.root}{self.space}.")
+        return topic if found else None
 
     def cover_of(self, headers: Mapping[str, str], cover: str) -> str:
         """A consumer of a wide queue is fed from the narrower ones, too: their names are its wildcard's."""

@@ -25,7 +25,7 @@ from pubsub_facade.errors import ConnectionLost, PubSubError
 
 FETCH_WAIT: Final = 1.0  # seconds a request waits at the broker for something to come
 FETCH_BYTES: Final = 8 << 20
-PARTITION_BYTES: Final = 1 << 20
+PARTITION_BYTES: Final = 512 << 10
 CROWDED: Final = 0.05  # seconds to wait for room, where some partitions have none and others are empty
 
 _GONE: Final = kafka_errors.UnknownTopicOrPartitionError.errno

@@ -8,10 +8,23 @@ which is believed on topics of our own only. Decoding never raises.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
 from pubsub_facade.message import Failure, Message
-from pubsub_facade.wire import ATTEMPT, CONTENT_TYPE, DUE, KEY, TOPIC, Envelope, HeaderCodec
+from pubsub_facade.wire import (
+    ATTEMPT,
+    CONTENT_TYPE,
+    DUE,
+    FAILURE,
+    ID,
+    KEY,
+    PUBLISHED,
+    TOPIC,
+    Envelope,
+    HeaderCodec,
+    number,
+)
 
 TP = tuple[str, int]
 """A Kafka topic and the number of one of its partitions."""
@@ -19,7 +32,7 @@ TP = tuple[str, int]
 FOREIGN_CONTENT_TYPE: Final = "content-type"  # what other clients write
 
 _codec: Final = HeaderCodec(lambda name: False, native=False)
-_foreign: Final = frozenset((ATTEMPT, TOPIC, KEY, DUE))
+_OF_COPIES: Final = frozenset((ATTEMPT, DUE, FAILURE, KEY, TOPIC))
 
 
 class Outgoing(NamedTuple):
@@ -39,11 +52,15 @@ class Outgoing(NamedTuple):
 
 def encode(message: Message) -> Outgoing:
     """As it is published."""
-    headers = [(name, value.encode()) for name, value in _codec.encode(message).items()]
+    timestamp = message.timestamp
+    key = message.key
+    if message.headers or message.failure is not None or message.attempt != 1 or timestamp is None:
+        headers = [(name, value.encode()) for name, value in _codec.encode(message).items()]
+        timestamp = time.time() if timestamp is None else timestamp
+    else:
+        headers = [(ID, message.id.encode()), (PUBLISHED, repr(timestamp).encode())]
     if message.content_type is not None:
         headers.append((CONTENT_TYPE, message.content_type.encode()))
-    timestamp = time.time() if message.timestamp is None else message.timestamp
-    key = message.key
     return Outgoing(
         message.id, None if key is None else key.encode(), message.body, headers, int(timestamp * 1000)
     )
@@ -82,20 +99,40 @@ def decode(record: Any, *, own: bool) -> Envelope:
     Arguments:
         own: from a topic of our own, where the fields of copies are believed.
     """
-    raw = {name: "" if value is None else value.decode("utf-8", "replace") for name, value in record.headers}
-    if not own:
-        for name in _foreign & raw.keys():
-            del raw[name]
-    envelope = _codec.decode(raw)
-    if not own:
-        envelope.failure = None
-        envelope.key = None if record.key is None else record.key.decode("utf-8", "replace")
-    if envelope.content_type is None:
-        envelope.content_type = raw.get(FOREIGN_CONTENT_TYPE)
+    envelope = _decode_plain(record.headers) or _decode_all(record.headers, own=own)
+    if not own and record.key is not None:
+        envelope.key = record.key.decode("utf-8", "replace")
     if not envelope.id:
         envelope.id = f"{record.topic}:{record.partition}:{record.offset}"
     if envelope.timestamp is None and record.timestamp >= 0:
         envelope.timestamp = record.timestamp / 1000
+    return envelope
+
+
+def _decode_plain(headers: Sequence[tuple[str, bytes | None]]) -> Envelope | None:
+    """The headers of a message of ours without user headers, at a fraction of the cost; None for any other."""
+    if len(headers) != 3:
+        return None
+    (id_name, id), (published_name, published), (content_name, content) = headers
+    if id_name != ID or published_name != PUBLISHED or content_name != CONTENT_TYPE:
+        return None
+    if id is None or published is None or content is None:
+        return None
+    envelope = Envelope()
+    envelope.id = id.decode("utf-8", "replace")
+    envelope.timestamp = number(published, None)
+    envelope.content_type = content.decode("utf-8", "replace")
+    return envelope
+
+
+def _decode_all(headers: Sequence[tuple[str, bytes | None]], *, own: bool) -> Envelope:
+    raw = {name: "" if value is None else value.decode("utf-8", "replace") for name, value in headers}
+    if not own:
+        for name in _OF_COPIES & raw.keys():
+            del raw[name]
+    envelope = _codec.decode(raw)
+    if envelope.content_type is None:
+        envelope.content_type = raw.get(FOREIGN_CONTENT_TYPE)
     return envelope
 
 

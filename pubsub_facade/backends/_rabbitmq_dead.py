@@ -12,9 +12,8 @@ from typing import Final
 
 from pubsub_facade.backends import _rabbitmq_wire as mapping
 from pubsub_facade.backends._rabbitmq_frames import Content
-from pubsub_facade.backends._rabbitmq_gets import Gets
-from pubsub_facade.backends._rabbitmq_link import Channel, ChannelClosed, Link
-from pubsub_facade.backends._rabbitmq_topology import NOT_FOUND
+from pubsub_facade.backends._rabbitmq_gets import Gets, ready
+from pubsub_facade.backends._rabbitmq_link import NOT_FOUND, ChannelClosed, Link
 from pubsub_facade.message import Message
 
 PAGE: Final = 100
@@ -52,7 +51,7 @@ class DeadLetterQueues:
     async def browse(self, queue: str) -> AsyncGenerator[Message, None]:
         """The letters that are there now, oldest first."""
         async with Gets.open(self._link) as gets:
-            left = await _count(gets.channel, queue)
+            left = await ready(gets.channel, queue)
             browse = _Browse(gets)
             self._browses[queue].append(browse)
             try:
@@ -71,7 +70,7 @@ class DeadLetterQueues:
         for browse in list(self._browses[queue]):
             found = await browse.remove(list(browse.held) if ids is None else set(ids))
             if found:
-                await _count(browse.gets.channel, queue)  # the answer comes after the acks were seen
+                await ready(browse.gets.channel, queue)  # the answer comes after the acks were seen
             removed |= found
         if ids is None:
             return len(removed) + await self._purge(queue)
@@ -91,7 +90,7 @@ class DeadLetterQueues:
         missing = set(ids)
         removed = 0
         async with Gets.open(self._link) as gets:
-            left = await _count(gets.channel, queue) if missing else 0
+            left = await ready(gets.channel, queue) if missing else 0
             while left > 0 and missing:
                 page = await gets.page(queue, min(left, PAGE))
                 left = left - len(page) if page else 0
@@ -102,13 +101,3 @@ class DeadLetterQueues:
                         missing.discard(id)
                         removed += 1
         return removed
-
-
-async def _count(channel: Channel, queue: str) -> int:
-    try:
-        answer = await channel.call(channel.pika.queue_declare, queue, passive=True)
-    except ChannelClosed as error:
-        if error.code != NOT_FOUND:
-            raise
-        return 0
-    return int(answer.message_count)

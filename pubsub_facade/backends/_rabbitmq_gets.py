@@ -1,17 +1,23 @@
 """Looking into a queue without being its consumer: many Basic.Gets at once, so that a page costs one round trip.
 
-What was got is out until its channel is closed, and then goes back to where it was.
+What was got is out until its channel is closed, and then goes back to where it was: a moment after the
+channel has closed, for which `Gets` waits, so that the next who looks finds it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Final
 
 from pubsub_facade.backends import _rabbitmq_frames as frames
-from pubsub_facade.backends._rabbitmq_link import Channel, Link
+from pubsub_facade.backends._rabbitmq_link import NOT_FOUND, Channel, ChannelClosed, Link
 from pubsub_facade.errors import PubSubError
+
+RETURN_TIMEOUT: Final = 0.5  # s to wait for what was got to be back: others may be getting it
 
 
 class Gets:
@@ -21,17 +27,25 @@ class Gets:
         self.channel = channel
         self._page: list[frames.Content] = []
         self._missing = 0
+        self._held: dict[int, str] = {}  # delivery tag -> queue
         self._done: asyncio.Future[None] | None = None
 
     @classmethod
     @asynccontextmanager
     async def open(cls, link: Link) -> AsyncIterator[Gets]:
         """On a channel of its own; what is not acknowledged goes back at the end."""
-        async with link.brief_channel() as channel:
-            gets = cls(channel)
-            channel.on_closed.append(gets._on_closed)
-            link.attach(channel.number, gets)
-            yield gets
+        async with link.brief_channel() as watch:
+            async with link.brief_channel() as channel:
+                gets = cls(channel)
+                channel.on_closed.append(gets._on_closed)
+                link.attach(channel.number, gets)
+                yield gets
+                expected = {
+                    queue: held + await ready(watch, queue)
+                    for queue, held in Counter(gets._held.values()).items()
+                }
+            for queue, count in expected.items():
+                await _until_back(watch, queue, count)
 
     async def page(self, queue: str, limit: int) -> list[frames.Content]:
         """Up to ``limit`` messages from the head; fewer: no more are there. Raises ConnectionLost."""
@@ -42,6 +56,8 @@ class Gets:
         self._done = asyncio.get_running_loop().create_future()
         self.channel.link.write([frames.get(self.channel.number, queue)] * limit)
         await self._done
+        for content in self._page:
+            self._held[content.tag] = queue
         return self._page
 
     async def all(self, queue: str) -> list[frames.Content]:
@@ -53,6 +69,7 @@ class Gets:
 
     def ack(self, content: frames.Content) -> None:
         """Remove a message that was got."""
+        self._held.pop(content.tag, None)
         if self.channel.error is None:
             self.channel.link.write([frames.ack(self.channel.number, content.tag, multiple=False)])
 
@@ -76,3 +93,22 @@ class Gets:
     def _on_closed(self, error: PubSubError) -> None:
         if self._done is not None and not self._done.done():
             self._done.set_exception(error)
+
+
+async def ready(channel: Channel, queue: str) -> int:
+    """How many messages wait in a queue; 0 where there is none of this name, which closes the channel."""
+    try:
+        answer = await channel.call(channel.pika.queue_declare, queue, passive=True)
+    except ChannelClosed as error:
+        if error.code != NOT_FOUND:
+            raise
+        return 0
+    return int(answer.message_count)
+
+
+async def _until_back(channel: Channel, queue: str, count: int) -> None:
+    end = time.monotonic() + RETURN_TIMEOUT
+    pause = 0.001
+    while channel.error is None and await ready(channel, queue) < count and time.monotonic() < end:
+        await asyncio.sleep(pause)
+        pause *= 2

@@ -25,6 +25,11 @@ from pubsub_facade.errors import AuthenticationFailed, ConnectionFailed, Connect
 
 CLOSE_TIMEOUT: Final = 2.0  # s for a link to end in good order before it is cut
 RECEIVE_BYTES: Final = 1 << 16  # read from the socket at once
+
+NOT_FOUND: Final = 404  # reply codes of AMQP
+LOCKED: Final = 405
+MISMATCH: Final = 406
+
 _UNROUTED: Final = frozenset({frames.DELIVER, frames.GET_OK, frames.RETURN})
 _frame_start: Final = struct.Struct(">BHL").unpack_from
 _method_id: Final = struct.Struct(">L").unpack_from

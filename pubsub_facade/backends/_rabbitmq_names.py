@@ -12,7 +12,6 @@ import math
 from dataclasses import dataclass
 from typing import Any, Final
 
-from pubsub_facade.errors import ConfigError
 from pubsub_facade.subscription import Definition, Era
 
 LEVELS: Final = tuple(125 << step for step in range(26))
@@ -38,13 +37,6 @@ class Names:
     namespace: str
     subscription: str
 
-    def __post_init__(self) -> None:
-        if self.subscription.endswith(".dead"):
-            raise ConfigError(
-                f"subscription name {self.subscription!r} would be that of the dead letters of "
-                f"{self.subscription.removesuffix('.dead')!r} on RabbitMQ: choose another"
-            )
-
     @property
     def queue(self) -> str:
         """What waits; of an ordered one the prefix of its queues."""
@@ -57,7 +49,7 @@ class Names:
 
     @property
     def dead(self) -> str:
-        return f"{self.queue}.dead"
+        return f"{self.queue}:dead"
 
     @property
     def definition(self) -> str:

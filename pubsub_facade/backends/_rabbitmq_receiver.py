@@ -60,6 +60,7 @@ class RabbitmqReceiver(Receiver):
         self._copies = copies
         self._label = subscription.label
         self._window = window
+        self._max_attempts = subscription.max_attempts
         self._record = record
         self._filtering = filtering if record is None else record.filtering
         self._forget = forget
@@ -173,8 +174,7 @@ class RabbitmqReceiver(Receiver):
             while arrived:
                 self._trials.push(arrived.popleft())
             while len(batch) < room and (found := self._trials.pop(self._busy + len(batch))) is not None:
-                content, returns = found
-                self._sort(content, returns, batch)
+                self._sort(*found, batch)
             return batch
         while arrived and len(batch) < room:
             content = arrived.popleft()
@@ -184,13 +184,16 @@ class RabbitmqReceiver(Receiver):
                 if returns and content.consumer != AGAIN:
                     self._suspects.append(content)
                     continue
-            self._sort(content, returns, batch)
+            self._sort(content, returns, True, batch)
         return batch
 
-    def _sort(self, content: frames.Content, returns: int, batch: list[Delivery]) -> None:
+    def _sort(self, content: frames.Content, returns: int, may_condemn: bool, batch: list[Delivery]) -> None:
         delivery, due = mapping.read_delivery(self, self._label, content)
         if returns:
-            delivery.attempt += returns
+            counted = delivery.attempt + returns
+            delivery.attempt = (
+                counted if may_condemn else max(delivery.attempt, min(counted, self._max_attempts))
+            )
         if content.consumer == AGAIN:
             delivery.redelivered = True
         if due and due - time.time() > EARLY:

@@ -22,7 +22,7 @@ from pubsub_facade.backends import _rabbitmq_frames as frames
 from pubsub_facade.backends import _rabbitmq_names as named
 from pubsub_facade.backends._rabbitmq_confirms import Confirms, Outgoing
 from pubsub_facade.backends._rabbitmq_gets import Gets
-from pubsub_facade.backends._rabbitmq_link import Channel, ChannelClosed, Link
+from pubsub_facade.backends._rabbitmq_link import LOCKED, MISMATCH, NOT_FOUND, Channel, ChannelClosed, Link
 from pubsub_facade.backends._rabbitmq_names import Arguments, Names, Record
 from pubsub_facade.backends._rabbitmq_wire import returns_of
 from pubsub_facade.backends.base import Backlog
@@ -34,10 +34,6 @@ LOCK_TIMEOUT: Final = 30.0  # s to wait for others who declare the same subscrip
 REQUEUE_TIMEOUT: Final = 1.0  # s until a record that a lost member had in hand is back in its queue
 MAX_RECORDS: Final = 32  # kept; each change adds one, and their number tells members of a change
 MAX_READS: Final = 10_000  # of a record until it is written anew: its delivery limit is far above
-
-NOT_FOUND: Final = 404
-LOCKED: Final = 405
-MISMATCH: Final = 406
 
 
 class Topology:

@@ -2,8 +2,9 @@
 
 One of them may have killed the process, and would again, with others in its company. They cannot be set
 aside without losing their place, so they are tried in place: one in hand at a time and nothing beside it,
-the one that came back most often first. How often it came back is believed of the first one a member
-hands out: what was tried and done is gone by then, so that the guilty one moves to the front. Pure: no I/O.
+the one that came back most often first. What was tried and done is gone when the next process dies, so
+that the guilty one moves to the front: only the first one that a member hands out may be condemned by how
+often it came back, any other gets at least one more trial. Pure: no I/O.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ class Trials:
         self._suspects += bool(returns)
         self._lines.setdefault(content.consumer, deque()).append((content, returns))
 
-    def pop(self, busy: int) -> tuple[Content, int] | None:
-        """The next that may be handed out, and how many attempts it had that nobody wrote down.
+    def pop(self, busy: int) -> tuple[Content, int, bool] | None:
+        """The next that may be handed out, how often it came back, and whether that may condemn it.
 
         Arguments:
             busy: deliveries in hand now.
@@ -45,12 +46,12 @@ class Trials:
             return None
         if self._free:
             self._first = False
-            return self._free.popleft(), 0
+            return self._free.popleft(), 0, False
         if not self._suspects:
             for line in self._lines.values():
                 self._free.extend(content for content, _ in line)
             self._lines.clear()
-            return (self._free.popleft(), 0) if self._free else None
+            return (self._free.popleft(), 0, False) if self._free else None
         if busy:
             return None
         name = max(self._lines, key=lambda name: self._lines[name][0][1])
@@ -59,9 +60,8 @@ class Trials:
             del self._lines[name]
         self._suspects -= bool(returns)
         self._trial = True
-        believed = returns if self._first else 0
-        self._first = False
-        return content, believed
+        first, self._first = self._first, False
+        return content, returns, first
 
     def ended(self, busy: int) -> bool:
         """Whether the one on trial is out of hand."""

@@ -22,10 +22,10 @@ from pubsub_facade.backends import _rabbitmq_names as named
 from pubsub_facade.backends import _rabbitmq_wire as mapping
 from pubsub_facade.backends._rabbitmq_confirms import Confirms, Outcome, Outgoing
 from pubsub_facade.backends._rabbitmq_dead import DeadLetterQueues
-from pubsub_facade.backends._rabbitmq_link import Channel, ChannelClosed, Link, connect
+from pubsub_facade.backends._rabbitmq_link import NOT_FOUND, Channel, ChannelClosed, Link, connect
 from pubsub_facade.backends._rabbitmq_names import LEVELS, Arguments, Names, Record, level_for
 from pubsub_facade.backends._rabbitmq_receiver import RabbitmqReceiver
-from pubsub_facade.backends._rabbitmq_topology import NOT_FOUND, Topology
+from pubsub_facade.backends._rabbitmq_topology import Topology
 from pubsub_facade.backends.base import Backend, Backlog, Capabilities, Receiver
 from pubsub_facade.errors import (
     AuthenticationFailed,

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import functools
+import json
+import sqlite3
+from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from pubsub_facade import Settings
-from pubsub_facade.testing.conformance import Conformance, SettingsFactory
+from pubsub_facade.testing.conformance import Conformance, SendForeign, SettingsFactory
 
 
 class TestMemory(Conformance):
@@ -23,3 +27,16 @@ class TestSqlite(Conformance):
         return functools.partial(
             Settings.load, backend="sqlite", sqlite={"path": tmp_path / "pubsub.db", "lease": 1.0}
         )
+
+    @pytest.fixture
+    def send_foreign(self) -> SendForeign:
+        """Any SQL client's publish: a row in the inbox."""
+
+        async def send(settings: Settings, topic: str, body: bytes, headers: Mapping[str, str]) -> None:
+            with closing(sqlite3.connect(settings.sqlite.path)) as connection, connection:
+                connection.execute(
+                    "INSERT INTO inbox (namespace, topic, body, headers) VALUES (?, ?, ?, ?)",
+                    (settings.namespace, topic, body, json.dumps(dict(headers))),
+                )
+
+        return send
