@@ -66,4 +66,5 @@ soak: venv ## a steady rate on BACKEND for MINUTES
 		$(IN) -m tests.chaos.soak --backend $(BACKEND) --minutes $(MINUTES)
 
 docs: venv ## build the documentation into site/
-	.venv/bin/mkdocs build --strict
+	$(IN) -m pip install --quiet --constraint constraints.txt --group docs
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
