@@ -125,7 +125,7 @@ NO_TYPES: Final[dict[str, str]] = {}
 def _types(text: object) -> Mapping[str, str]:
     try:
         types = json.loads(text)  # type: ignore[arg-type]
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         return NO_TYPES
     return types if isinstance(types, dict) else NO_TYPES
 
@@ -142,7 +142,7 @@ def _typed(value: Any, kind: str) -> HeaderValue:
                 return value == "true"
             if kind == "j":
                 return str(json.loads(value))
-        except ValueError:
+        except (ValueError, RecursionError):
             return value
     if isinstance(value, str | bool | float):
         return value
