@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final, TypeVar
 
 import click
-from flask import Flask, current_app
+from flask import Flask, Response, current_app
 from flask.cli import with_appcontext
 
 from pubsub_facade.cli.errors import UNFINISHED, Failed, guarded
@@ -31,7 +31,7 @@ from pubsub_facade.cli.root import cli
 from pubsub_facade.client import GRACE
 from pubsub_facade.contrib import _service
 from pubsub_facade.contrib._exactly_once import Effect
-from pubsub_facade.errors import ConfigError
+from pubsub_facade.errors import ConfigError, ConnectionFailed, SendFailed
 from pubsub_facade.handler import Handler
 from pubsub_facade.message import Delivery, HeaderValue, Message
 from pubsub_facade.settings import Settings
@@ -60,11 +60,14 @@ class FlaskPubSub:
     def init_app(self, app: Flask) -> None:
         """Give ``app`` a client by ``app.config["PUBSUB"]``, and the command ``flask pubsub``.
 
-        Raises ConfigError. Connects to nothing yet.
+        A request whose publish fails is answered by 503, unless the application handles the error. Raises
+        ConfigError; connects to nothing yet.
         """
         if NAME in app.extensions:
             raise ConfigError(f"application {app.name!r} has an extension {NAME!r} already")
         app.extensions[NAME] = PubSub(load_settings(app.config.get(CONFIG)))
+        for error in (SendFailed, ConnectionFailed):
+            app.register_error_handler(error, _unavailable)
         app.cli.add_command(_command(self))
 
     @property
@@ -191,6 +194,14 @@ def load_settings(value: Any, config: str | None = None, **overrides: Any) -> Se
         return Settings.load(config, **{**(value or {}), **overrides})
     except ConfigError as error:
         raise ConfigError(str(error).replace("code: ", f"{CONFIG}: ")) from error.__cause__
+
+
+def _unavailable(error: Exception) -> Response:
+    """The broker did not take the message in time: the client may try again."""
+    current_app.logger.error("a request could not publish: %s", error)
+    return Response(
+        "the message was not published; try again\n", 503, {"Retry-After": "5"}, mimetype="text/plain"
+    )
 
 
 def _within(app: Flask, function: Callable[..., Any]) -> Callable[..., Any]:
