@@ -129,7 +129,7 @@ def open_database(settings: SqliteSettings, deadline: float) -> sqlite3.Connecti
     try:
         connection = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
     except sqlite3.Error as error:
-        raise _open_error(path, error) from error
+        raise open_error(path, error) from error
     try:
         while True:
             try:
@@ -142,7 +142,7 @@ def open_database(settings: SqliteSettings, deadline: float) -> sqlite3.Connecti
     except BaseException as error:
         connection.close()
         if isinstance(error, sqlite3.Error):
-            raise _open_error(path, error) from error
+            raise open_error(path, error) from error
         raise
 
 
@@ -237,7 +237,8 @@ def _create(connection: sqlite3.Connection, path: Path) -> None:
             connection.execute("ROLLBACK")
 
 
-def _open_error(path: Path, error: sqlite3.Error) -> PubSubError:
+def open_error(path: Path, error: sqlite3.Error) -> PubSubError:
+    """What an error while opening the file means: ConfigError where trying again does not mend it."""
     code = primary_code(error)
     if code == sqlite3.SQLITE_NOTADB:
         return ConfigError(f"sqlite: {show(path)} is not a SQLite database: set sqlite.path to another file")

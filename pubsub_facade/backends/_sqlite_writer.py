@@ -22,7 +22,14 @@ from queue import Empty, SimpleQueue
 from typing import Any, Final
 
 from pubsub_facade.backends._sqlite_operations import Call, Operation, resolver
-from pubsub_facade.backends._sqlite_schema import corrupt, is_busy, open_database, primary_code, show
+from pubsub_facade.backends._sqlite_schema import (
+    corrupt,
+    is_busy,
+    open_database,
+    open_error,
+    primary_code,
+    show,
+)
 from pubsub_facade.backends._sqlite_store import Reaped, Store
 from pubsub_facade.backends._sqlite_upkeep import Upkeep, is_full
 from pubsub_facade.backends._sqlite_wakeup import Pipes
@@ -132,6 +139,11 @@ class Writer:
                 self._enter()
         except BaseException as error:
             self._disconnect()
+            self.pipes.close()
+            if isinstance(error, sqlite3.Error):
+                raised: BaseException = open_error(self._sqlite.path, error)
+                raised.__cause__ = error
+                error = raised
             self._post(_resolve, self._opened, error)
             return
         self._post(_resolve, self._opened, None)
