@@ -231,6 +231,10 @@ def _stale(headers: Mapping[str, str]) -> bool:
     return float(headers.get("timestamp", "0")) / 1000 < time.time() - STALE
 
 
+def _is_wild(cover: str) -> bool:
+    return "*" in cover or "#" in cover
+
+
 class Durable(Classic):
     """Classic, durable topic subscriptions: the client-id makes one member active, the others stand by."""
 
@@ -264,15 +268,19 @@ class Durable(Classic):
                 continue  # a member is active there, so it exists
             try:
                 await link.ask("SUBSCRIBE", {"id": "1", **self.from_place(name, cover, 0, ordered=ordered)})
-                if "*" in cover or "#" in cover:
-                    await link.ask("SUBSCRIBE", {"id": "2", **self._anchor(cover)})
+                if _is_wild(cover):
+                    anchor = {
+                        "destination": f"/topic/{self._anchor(name, cover)}",
+                        "activemq.prefetchSize": "0",
+                    }
+                    await link.ask("SUBSCRIBE", {"id": "2", **anchor})
             finally:
                 await link.close()
 
-    def _anchor(self, cover: str) -> dict[str, str]:
-        """A topic of the wildcard, so that a restarted broker finds the durable subscription there again."""
-        topic = cover.replace("*", "~").replace("#", "~")
-        return {"destination": f"/topic/{self.destination(topic)}", "activemq.prefetchSize": "0"}
+    def _anchor(self, name: str, cover: str) -> str:
+        """A topic of the wildcard: a restarted broker finds a durable subscription only where it knows a topic of it."""
+        word = f"~{one_word(name)}"
+        return self.destination(cover.replace("*", word).replace("#", word))
 
     async def _claim(self, session: Session, name: str, cover: str, patience: float) -> Link:
         end = time.monotonic() + patience
@@ -301,6 +309,8 @@ class Durable(Classic):
                     raise
             finally:
                 await link.close()
+            if self.jolokia is not None and _is_wild(cover):
+                await self.jolokia.remove_topic(self._anchor(name, cover))
         await self._empty(session, name)
 
     async def count(self, session: Session, name: str, covers: Sequence[str]) -> Backlog:
@@ -309,7 +319,7 @@ class Durable(Classic):
         clients = [f"{self.space}${name}${cover}" for cover in covers]
         pending, active = await self.jolokia.durable(clients)
         retries, handed_out = await self.jolokia.queues([self.queue("retry", name)])
-        waiting = pending - active + retries - handed_out
+        waiting = pending + retries - handed_out
         return Backlog(max(0, waiting), active + handed_out, await self._dead(name), None)
 
 

@@ -27,6 +27,7 @@ class Jolokia:
 
     def __init__(self, url: str, username: str | None, password: str | None) -> None:
         self._url = url
+        self._broker: str | None = None  # its MBean
         self._headers = {"Content-Type": "application/json", "Origin": url}
         if username is not None:
             token = base64.b64encode(f"{username}:{password or ''}".encode()).decode()
@@ -70,16 +71,18 @@ class Jolokia:
 
     async def remove_queue(self, name: str) -> None:
         """Remove a queue and what it holds; one that is not there is no error."""
-        brokers = await self._ask({"type": "search", "mbean": _BROKER})
-        for broker in brokers:
-            await self._ask(
-                {
-                    "type": "exec",
-                    "mbean": broker,
-                    "operation": "removeQueue(java.lang.String)",
-                    "arguments": [name],
-                }
-            )
+        await self._call("removeQueue", name)
+
+    async def remove_topic(self, name: str) -> None:
+        """Remove a topic; one that is not there is no error."""
+        await self._call("removeTopic", name)
+
+    async def _call(self, operation: str, name: str) -> None:
+        if self._broker is None:
+            found = await self._ask({"type": "search", "mbean": _BROKER})
+            self._broker = str(found[0])
+        signature = f"{operation}(java.lang.String)"
+        await self._ask({"type": "exec", "mbean": self._broker, "operation": signature, "arguments": [name]})
 
     async def _read(self, mbean: str, *attributes: str) -> list[dict[str, Any]]:
         try:
