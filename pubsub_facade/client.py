@@ -163,7 +163,9 @@ class AsyncPubSub:
                 f"payload of {len(prepared.body)} bytes on {message.topic!r} is over the limit of {limit} bytes of "
                 f"backend {self._supervisor.backend.name!r}: send a reference to it, or raise max_payload"
             )
-        prepared.timestamp = now = round(time.time(), 6)  # what published_at can say exactly, so that seek finds it
+        prepared.timestamp = now = round(
+            time.time(), 6
+        )  # what published_at can say exactly, so that seek finds it
         prepared.id = message.id or new_id(now)
         return prepared
 
@@ -353,11 +355,11 @@ class AsyncPubSub:
         stop = asyncio.Event()
         signals = [signal.SIGTERM, signal.SIGINT]
 
+        ending = Ending()
+
         def on_signal(number: int) -> None:
-            if stop.is_set():
-                os._exit(128 + number)
-            log.info("signal %s: finishing what is in hand", signal.Signals(number).name)
-            stop.set()
+            if ending.begins(number):
+                stop.set()
 
         for number in signals:
             loop.add_signal_handler(number, on_signal, number)
@@ -453,6 +455,29 @@ class AsyncPubSub:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         await self.close()
+
+
+class Ending:
+    """The first signal begins the end, a later one ends the process at once.
+
+    Two that come together are one: ``timeout`` and some service managers send each twice.
+    """
+
+    TOGETHER: Final = 0.3  # s
+
+    def __init__(self) -> None:
+        self._since: float | None = None
+
+    def begins(self, number: int) -> bool:
+        """Whether signal ``number`` is the first; does not return for one that is later."""
+        now = time.monotonic()
+        if self._since is None:
+            self._since = now
+            log.info("signal %s: finishing what is in hand", signal.Signals(number).name)
+            return True
+        if now - self._since > self.TOGETHER:
+            os._exit(128 + number)
+        return False
 
 
 def _given(**values: Any) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from types import FrameType, TracebackType
 from typing import Any, Final, Self, TypeVar
 
 from pubsub_facade.backends.base import Backlog, Capabilities, Position
-from pubsub_facade.client import GRACE, AsyncPubSub
+from pubsub_facade.client import GRACE, AsyncPubSub, Ending
 from pubsub_facade.consumer import WINDOW
 from pubsub_facade.dead_letters import DeadLetters
 from pubsub_facade.errors import Closed, PubSubError
@@ -40,6 +40,7 @@ T = TypeVar("T")
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 BATCH: Final = 64  # deliveries or dead letters fetched by one hand-over
+LOOK_UP: Final = 0.25  # s between two looks of the main thread at the signals that came
 EXIT_GRACE: Final = 5.0  # s that an interpreter exit gives unconfirmed messages
 
 
@@ -118,6 +119,16 @@ class _LoopThread:
         except KeyboardInterrupt:
             future.cancel()
             raise
+
+    def attend(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        """As `call`, for the long run of the main thread, whose signal handlers must get their turn.
+
+        A signal that the system hands to another thread does not interrupt a lock: the main thread looks up.
+        """
+        future = asyncio.run_coroutine_threadsafe(coroutine, self.loop)
+        while not concurrent.futures.wait([future], LOOK_UP).done:
+            pass
+        future.result()
 
 
 _thread: _LoopThread | None = None
@@ -319,21 +330,18 @@ class PubSub:
         thread.check_caller()
         stop = asyncio.Event()
         previous: dict[int, Any] = {}
-        seen: list[int] = []
+        ending = Ending()
 
         def on_signal(number: int, frame: FrameType | None) -> None:
-            if seen:
-                os._exit(128 + number)
-            seen.append(number)
-            log.info("signal %s: finishing what is in hand", signal.Signals(number).name)
-            thread.loop.call_soon_threadsafe(stop.set)
+            if ending.begins(number):
+                thread.loop.call_soon_threadsafe(stop.set)
 
         if threading.current_thread() is threading.main_thread():
             previous = {
                 number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)
             }
         try:
-            thread.call(client.serve(stop, grace))
+            thread.attend(client.serve(stop, grace))
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)

@@ -962,7 +962,7 @@ def test_a_signal_drains_what_is_in_hand(
     assert client.backlog("sync").waiting == 1
 
 
-def test_a_second_signal_ends_at_once_and_nothing_is_lost(
+def test_a_later_signal_ends_at_once_and_nothing_is_lost(
     app: Path, client: PubSub, start: Callable[..., Running]
 ) -> None:
     running = start("run", "app:pubsub", PUBSUB_SQLITE__LEASE="2")
@@ -971,10 +971,38 @@ def test_a_second_signal_ends_at_once_and_nothing_is_lost(
     wait_for_note(app, "begin slow")
     running.process.send_signal(signal.SIGTERM)
     running.wait_for("finishing what is in hand")
-    code, _, _ = running.end()
-    assert code == 128 + signal.SIGTERM
+    deadline = time.monotonic() + DEADLINE
+    while running.process.poll() is None and time.monotonic() < deadline:
+        running.process.send_signal(signal.SIGTERM)
+        time.sleep(0.05)
+    assert running.result()[0] == 128 + signal.SIGTERM
     [delivery] = received(client, "sync", 1)
     assert delivery.payload == "slow"
+
+
+@pytest.mark.parametrize("name", ["pubsub", "factory"])
+def test_a_signal_sent_twice_at_once_is_one(
+    name: str, app: Path, client: PubSub, start: Callable[..., Running]
+) -> None:
+    running = start("run", f"app:{name}")
+    running.wait_for("receiving")
+    running.process.send_signal(signal.SIGTERM)
+    running.process.send_signal(signal.SIGINT)
+    code, _, error = running.result()
+    assert code == 0
+    assert error.splitlines()[-1].endswith("drained")
+
+
+def test_a_broker_that_is_absent_is_waited_for_until_a_signal(
+    app: Path, start: Callable[..., Running]
+) -> None:
+    running = start("run", "app:factory", PUBSUB_URL="amqp://127.0.0.1:1", PUBSUB_RECONNECT_MAX="0.1")
+    running.wait_for("127.0.0.1:1")
+    with pytest.raises(subprocess.TimeoutExpired):
+        running.process.wait(1)
+    code, _, error = running.end()
+    assert code == 0
+    assert error.count("127.0.0.1:1") == 0  # told once, however often it was tried
 
 
 def test_the_grace_time_ends_and_says_so_by_its_exit_code(
