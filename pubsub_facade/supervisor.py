@@ -78,13 +78,14 @@ class Supervisor:
             if self._closed:
                 raise Closed("this client is closed: make a new one")
             pause = self._not_before - time.monotonic()
-            if self._attempt is None and pause > 0:
+            attempt = self._under_way()
+            if attempt is None and pause > 0:
                 if not patient and self._last_error is not None:
                     raise self._last_error
                 await asyncio.sleep(pause)
                 continue
             try:
-                await asyncio.shield(self._attempt or self._begin(self._connect()))
+                await asyncio.shield(attempt or self._begin(self._connect()))
             except ConnectionFailed as error:
                 if not patient or isinstance(error, AuthenticationFailed):
                     raise
@@ -92,6 +93,11 @@ class Supervisor:
                 if not self._closed or _cancelled():
                     raise
         return self.backend
+
+    def _under_way(self) -> asyncio.Task[None] | None:
+        """The present attempt; one that has just ended is none, though its callback has not run yet."""
+        attempt = self._attempt
+        return None if attempt is None or attempt.done() else attempt
 
     def _begin(self, attempt: Coroutine[None, None, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(attempt, name="pubsub-connect")
