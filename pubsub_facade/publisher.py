@@ -17,6 +17,7 @@ from typing import Final
 from pubsub_facade.backends.base import Backend
 from pubsub_facade.errors import (
     Closed,
+    ConnectionFailed,
     ConnectionLost,
     Fate,
     PublishTimeout,
@@ -149,11 +150,14 @@ class Publisher:
     async def _run(self) -> None:
         while True:
             self._wake.clear()
-            if self._line:
+            if self._line or self._returned:
                 try:
                     backend = await self._supervisor.ready()
                 except PubSubError as error:
                     self._fail_all(error)
+                    continue
+                except Exception as error:
+                    self._fail_all(self._fault(error))
                     continue
                 while self._line and len(self._flying) < backend.pipeline and not self._returned:
                     await self._launch(backend)
@@ -265,6 +269,14 @@ class Publisher:
         for publication in list(self._pending):
             self._give_up(publication, error)
         self._line.clear()
+        self._returned.clear()
+
+    def _fault(self, error: Exception) -> ConnectionFailed:
+        failed = ConnectionFailed(
+            f"{self._supervisor.backend.name}: fault in the driver while connecting: {error}"
+        )
+        failed.__cause__ = error
+        return failed
 
     def _give_up(self, publication: _Publication, error: PubSubError) -> None:
         if not publication.finished:
