@@ -41,6 +41,7 @@ pytest.register_assert_rewrite(*(f"{__name__}.{module}" for module in _MODULES))
 
 # ruff: noqa: E402 - asserts are rewritten in what is imported from here on
 from pubsub_facade.testing.conformance._suite import (
+    DEADLINE,
     Bench,
     DropNamespace,
     Inbox,
@@ -68,6 +69,7 @@ from pubsub_facade.testing.conformance.subscriptions import Subscriptions
 from pubsub_facade.testing.conformance.sync import Sync
 
 __all__ = [
+    "DEADLINE",
     "Bench",
     "Conformance",
     "Crashing",
