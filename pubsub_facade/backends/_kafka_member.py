@@ -70,6 +70,8 @@ class Membership:
         link: a connection of its own, because joining waits at the broker.
         session_timeout: seconds without a heartbeat until the group goes on without us.
         rebalance_timeout: seconds that the group waits for members to give up their partitions.
+        places: member ids of this process that could not leave when their link was lost. Taking such a place
+            again spares the group waiting for it to time out.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class Membership:
         owner: Owner,
         session_timeout: float,
         rebalance_timeout: float,
+        places: list[str],
     ) -> None:
         self.group = group
         self._cluster = cluster
@@ -88,7 +91,8 @@ class Membership:
         self._session_timeout = session_timeout
         self._rebalance_timeout = rebalance_timeout
         self._interval = min(0.5, session_timeout / 10)
-        self._member = ""
+        self._places = places
+        self._member = places.pop() if places else ""
         self._generation = -1
         self._rejoin = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -119,7 +123,7 @@ class Membership:
                     node = await self._cluster.coordinator(self.group)
                     await self._cluster.call(node, LeaveGroupRequest(self.group, member), GROUP)
             except (PubSubError, TimeoutError):
-                return  # the session ends by itself
+                self._places.append(member)
 
     # -- life -------------------------------------------------------------------------------------
 

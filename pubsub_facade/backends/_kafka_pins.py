@@ -43,6 +43,10 @@ async def places(
     for tp in pins:
         found[tp] = Progress(sought[tp] if sought.get(tp, -1) >= 0 else pinned[tp])
     places = {tp: found.get(tp) or Progress(0) for tp in tps}
+    doubtful = [tp for tp, progress in places.items() if progress.window]
+    ends = await cluster.offsets(dict.fromkeys(doubtful, LATEST)) if doubtful else {}
+    for tp in doubtful:  # what came later was in nobody's hands
+        places[tp].window = max(0, min(places[tp].window, ends.get(tp, 0) - places[tp].reached))
     for progress in places.values():
         progress.moves = number
     return places

@@ -59,6 +59,7 @@ class Shared:
     session_timeout: float
     rebalance_timeout: float
     numbers: itertools.count[int]
+    places: dict[str, list[str]]
 
 
 class KafkaReceiver(Receiver):
@@ -107,13 +108,15 @@ class KafkaReceiver(Receiver):
         self._fetcher = Fetcher(shared.cluster, ("fetch", number), self._came, self.fail)
         self._group: Membership | None = None
         if subscription.name is not None:
+            group = shared.names.group(subscription.name)
             self._group = Membership(
                 shared.cluster,
-                shared.names.group(subscription.name),
+                group,
                 ("join", number),
                 self,
                 shared.session_timeout,
                 shared.rebalance_timeout,
+                shared.places.setdefault(group, []),
             )
 
     async def begin(self) -> None:
@@ -434,7 +437,7 @@ class KafkaReceiver(Receiver):
             except NotAMember:
                 return
             except ConnectionLost as error:
-                log.info("%s: %s; trying again", self.subscription.label, error)
+                log.debug("%s: %s; trying again", self.subscription.label, error)
                 await asyncio.sleep(0.2)
                 continue
             self._ready.append((partition, delivery))

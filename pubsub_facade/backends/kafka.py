@@ -73,6 +73,7 @@ class KafkaBackend(Backend):
         self._receivers: set[KafkaReceiver] = set()
         self._watch: asyncio.Task[None] | None = None
         self._dead: dict[str, DeadLetterTopic] = {}
+        self._places_left: dict[str, list[str]] = {}  # group -> member ids that could not leave
 
     @property
     def capabilities(self) -> Capabilities:
@@ -111,6 +112,7 @@ class KafkaBackend(Backend):
             settings.session_timeout,
             REBALANCE_TIMEOUT,
             itertools.count(1),
+            self._places_left,
         )
         registry.listen(self, self._look)
 
