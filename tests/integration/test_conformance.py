@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 
-from pubsub_facade.testing.conformance import Conformance, SettingsFactory
+from pubsub_facade.testing.conformance import Conformance, DropNamespace, SendForeign, SettingsFactory
 from tests.conftest import broker_settings
+from tests.integration import foreign
 
 pytestmark = pytest.mark.conformance
 
@@ -16,12 +19,26 @@ class TestRabbitmq(Conformance):
     def backend_settings(self) -> SettingsFactory:
         return broker_settings("rabbitmq")
 
+    @pytest.fixture
+    def send_foreign(self) -> SendForeign:
+        return foreign.to_rabbitmq
+
 
 @pytest.mark.broker("kafka")
 class TestKafka(Conformance):
     @pytest.fixture
     def backend_settings(self) -> SettingsFactory:
-        return broker_settings("kafka")
+        settings = broker_settings("kafka")
+        kafka = settings(namespace="any").kafka.model_copy(update={"session_timeout": 6.0})
+        return functools.partial(settings, kafka=kafka.model_dump())
+
+    @pytest.fixture
+    def send_foreign(self) -> SendForeign:
+        return foreign.to_kafka
+
+    @pytest.fixture
+    def drop_namespace(self) -> DropNamespace:
+        return foreign.drop_kafka_topics
 
 
 @pytest.mark.broker("activemq")
@@ -30,6 +47,10 @@ class TestActivemqDurable(Conformance):
     def backend_settings(self) -> SettingsFactory:
         return broker_settings("activemq")
 
+    @pytest.fixture
+    def send_foreign(self) -> SendForeign:
+        return foreign.to_activemq
+
 
 @pytest.mark.broker("activemq-virtual")
 class TestActivemqVirtual(Conformance):
@@ -37,9 +58,17 @@ class TestActivemqVirtual(Conformance):
     def backend_settings(self) -> SettingsFactory:
         return broker_settings("activemq-virtual")
 
+    @pytest.fixture
+    def send_foreign(self) -> SendForeign:
+        return foreign.to_activemq
+
 
 @pytest.mark.broker("artemis")
 class TestArtemis(Conformance):
     @pytest.fixture
     def backend_settings(self) -> SettingsFactory:
         return broker_settings("artemis")
+
+    @pytest.fixture
+    def send_foreign(self) -> SendForeign:
+        return foreign.to_activemq
