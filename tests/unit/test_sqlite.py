@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import random
 import sqlite3
+import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -26,7 +27,7 @@ from pubsub_facade.backends._sqlite_store import Store
 from pubsub_facade.backends._sqlite_wakeup import Pipes
 from pubsub_facade.backends._sqlite_writer import Writer
 from pubsub_facade.backends.sqlite import SqliteReceiver
-from pubsub_facade.errors import ConfigError, PublishTimeout, SendFailed
+from pubsub_facade.errors import ConfigError, PublishTimeout, PubSubError, SendFailed
 from pubsub_facade.subscription import Backoff
 
 SPAWN = multiprocessing.get_context("spawn")
@@ -292,27 +293,69 @@ async def test_a_process_taken_for_dead_joins_again_and_its_late_ack_settles_not
         assert (await other.backlog("analytics")).in_flight == 0
 
 
-def test_a_forked_child_and_its_parent_go_on_with_links_of_their_own(path: Path) -> None:
+def test_children_forked_in_the_middle_of_publishing_go_on_with_links_of_their_own(path: Path) -> None:
     pubsub = PubSub(settings_for(path))
+    ended = threading.Event()
+    published = 0
+
+    def publish() -> None:
+        nonlocal published
+        while not ended.is_set():
+            pubsub.publish("social.post", published, timeout=DEADLINE)
+            published += 1
+
+    thread = threading.Thread(target=publish)
     try:
         pubsub.declare("social.#", subscription="analytics")
-        for n in range(5):
-            pubsub.publish("social.post", n)
+        thread.start()
+        for n in range(10):
             child = os.fork()
             if child == 0:
                 status = 1
                 try:
-                    pubsub.publish("social.post", 100 + n, timeout=DEADLINE)
-                    pubsub.close()
+                    pubsub.publish("social.post", 100 + n, timeout=10)
+                    pubsub.close(1)
                     status = 0
                 finally:
                     os._exit(status)
             assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-        pubsub.publish("social.post", 5)
-        assert pubsub.backlog("analytics").waiting == 11
+        ended.set()
+        thread.join()
+        assert published > 10
+        assert pubsub.backlog("analytics").waiting == published + 10
     finally:
+        ended.set()
         pubsub.close()
     assert not path.with_name("pubsub.db-members").exists(), "a process is still entered"
+
+
+def test_nothing_a_forked_child_publishes_is_lost_when_its_parent_closes_the_file_first(path: Path) -> None:
+    pubsub = PubSub(settings_for(path))
+    pubsub.declare("social.#", subscription="analytics")
+    ours, theirs = multiprocessing.Pipe()
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            pubsub.publish("social.post", 1, timeout=10)
+            theirs.send("published")
+            theirs.recv()
+            pubsub.publish("social.post", 2, timeout=10)
+            status = 0
+        finally:
+            os._exit(status)
+    try:
+        assert ours.poll(DEADLINE)
+        pubsub.close()
+    finally:
+        ours.send("go on")
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status == 0
+    again = PubSub(settings_for(path))
+    try:
+        assert again.backlog("analytics").waiting == 2
+    finally:
+        again.close()
 
 
 # -- the file -----------------------------------------------------------------------------------------
@@ -376,6 +419,22 @@ async def test_a_damaged_file_is_refused(path: Path) -> None:
         with pytest.raises(ConfigError, match=r"is damaged: .* restore a backup"):
             await pubsub.publish("social.post", 1)
         assert time.monotonic() - began < 10, "it was tried again and again"
+
+
+async def test_a_file_damaged_in_use_ends_publishing_and_receiving_with_a_clear_error(path: Path) -> None:
+    async with client(path) as pubsub:
+        await pubsub.declare("social.#", subscription="analytics")
+        async with pubsub.subscribe("social.#", subscription="analytics") as stream:
+            await pubsub.publish_many(Message("social.post", "x" * 500) for _ in range(200))
+            with shell(path) as sql:
+                sql.execute("UPDATE processes SET pid = pid + 1")  # what others have cached is void
+                sql.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            damage(path)
+            with pytest.raises(PubSubError, match="is damaged"):
+                await pubsub.publish("social.post", 1)
+            with pytest.raises(ConfigError, match="is damaged"):
+                while True:
+                    await stream.receive(DEADLINE)
 
 
 @pytest.mark.parametrize("place", ["missing/pubsub.db", "."])
@@ -487,6 +546,9 @@ async def test_a_deleted_subscription_s_backlog_is_cleared_away(path: Path) -> N
         await pubsub.declare("social.#", subscription="analytics")
         for _ in range(8):
             await pubsub.publish_many(Message("social.post", n) for n in range(500))
+        with shell(path) as sql:
+            horizon = "SELECT value FROM state WHERE name = 'horizon'"
+            await until(lambda: sql.execute(horizon).fetchone()[0] > 4000, "the retention is over")
         await pubsub.delete("analytics")
         left = "SELECT (SELECT count(*) FROM deliveries) + (SELECT count(*) FROM messages)"
         with shell(path) as sql:
@@ -519,7 +581,9 @@ async def test_large_bodies_are_handed_out_a_few_at_a_time_and_whole(
 
 
 async def test_a_publish_waits_while_another_program_has_the_file_locked(path: Path) -> None:
+    states: list[str] = []
     async with client(path) as pubsub:
+        pubsub.on_state(states.append)
         await pubsub.declare("social.#", subscription="analytics")
         with shell(path) as sql:
             sql.execute("BEGIN IMMEDIATE")
@@ -529,6 +593,7 @@ async def test_a_publish_waits_while_another_program_has_the_file_locked(path: P
             sql.execute("ROLLBACK")
         await asyncio.wait_for(publishing, DEADLINE)
         assert (await take(pubsub, 1))[0].payload == "patient"
+        assert states == ["connecting", "connected"]
 
 
 async def test_a_publish_ends_by_its_timeout_and_a_close_by_its_own_while_the_file_stays_locked(
