@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
+ONE_LINE: Final = 100  # characters of JSON that a terminal still gets on one line
+
 
 class Hangup(Exception):
     """Nobody reads our output any more."""
@@ -76,12 +78,11 @@ def console() -> Console:
 
 def table(*columns: str) -> Table:
     """An empty table with these columns, for `console().print`."""
-    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    made = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for column in columns:
-        made.add_column(column, overflow="fold")
+    made = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for number, column in enumerate(columns):
+        made.add_column(column, overflow="fold", no_wrap=number == 0)
     return made
 
 
@@ -179,8 +180,10 @@ def pretty(message: Message) -> Any:
     facts.append("  ").append(printable(message.id), "dim")
     payload = payload_of(message)
     if isinstance(payload, dict | list):
-        text = printable(json.dumps(payload, ensure_ascii=False, indent=2, default=str), "\n")
-        body = JSONHighlighter()(Text(text))
+        text = json.dumps(payload, ensure_ascii=False, default=str)
+        if len(text) > ONE_LINE:
+            text = json.dumps(payload, ensure_ascii=False, indent=2, default=str)
+        body = JSONHighlighter()(Text(printable(text, "\n")))
     else:
         body = Text(payload_text(payload, "\n\t"))
     indented = Text("\n").join(Text("  ").append_text(line) for line in body.split("\n", allow_blank=True))
