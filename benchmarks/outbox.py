@@ -1,9 +1,9 @@
 """Publishing from threads, and the outbox's relay: ``python -m benchmarks.outbox [--rows N] [--runs N]``.
 
-Threads: 16 threads that share one client's confirms, beside 16 that each wait for a round trip of their own, on one
-pika connection behind a lock (as one must share it) or on one each. Relay: rows from PostgreSQL to RabbitMQ, beside each
-half alone, so that the limit shows. The broker is the one of ``make brokers``; PostgreSQL is started where it is not up.
-Medians of the runs, which take turns.
+Threads: 16 threads that share one client's confirms, beside 16 that each wait for a round trip of their own, on
+one pika connection behind a lock (as one must share it) or on one each. Relay: rows from PostgreSQL to RabbitMQ,
+beside each half alone, so that the limit shows. The broker is the one of ``make brokers``; PostgreSQL is started
+where it is not up. Medians of the runs, which take turns.
 """
 
 from __future__ import annotations
