@@ -152,9 +152,7 @@ class TaskWorkers:
                 self._consumer.given_back(delivery)
                 raise
             self._consumer.failed(delivery, error)
-        except (
-            BaseException
-        ) as error:  # whatever a handler raises is its message's failure, not the member's end
+        except BaseException as error:  # whatever it raises is its message's failure, not the member's end
             self._consumer.failed(delivery, error)
         else:
             self._consumer.succeeded(delivery)

@@ -243,6 +243,18 @@ class Delivering(Suite):
             assert {d.id for d in await receive(stream, 5)} == {f"id-{n}" for n in range(1, 10, 2)}
             assert await pubsub.publish("social.post", "to somebody")
             await receive(stream, 1)
+            async with pubsub.subscribe("other.#") as ephemeral:
+                await pubsub.publish("other.topic", "to an ephemeral one")
+                await receive(ephemeral, 1)
+
+            async def refused() -> bool:
+                try:
+                    await pubsub.publish("other.topic", "to nobody again")
+                except SendFailed:
+                    return True
+                return False
+
+            await eventually(refused, "the ephemeral subscription gone with its member")
 
     async def test_the_backlog_tells_how_much_waits(self, bench: Bench) -> None:
         pubsub = bench.client()

@@ -189,6 +189,44 @@ class Retrying(Suite):
         assert letter.failure is not None
         assert (letter.failure.error, letter.failure.attempts) == ("enough", 2)
 
+    async def test_a_handler_may_settle_by_hand_and_that_counts(self, bench: Bench) -> None:
+        inbox = Inbox()
+
+        async def handle(delivery: Delivery) -> None:
+            inbox.note(delivery)
+            if delivery.payload == "ack":
+                await delivery.ack()
+                raise ValueError("too late to fail")
+            if delivery.payload == "reject":
+                await delivery.reject("by hand")
+            if delivery.payload == "retry" and delivery.attempt == 1:
+                await delivery.retry(0)
+            if delivery.payload == "release" and inbox.payloads.count("release") == 1:
+                await delivery.release()
+
+        pubsub = bench.client()
+        pubsub.subscriber("social.#", subscription="analytics")(handle)
+        await pubsub.start()
+        await pubsub.publish_many(
+            Message("social.post", kind) for kind in ("ack", "reject", "retry", "release")
+        )
+        await inbox.until(6)
+        (letter,) = await bench.until_dead("analytics", 1)
+        assert letter.payload == "reject"
+        began = time.monotonic()
+        await pubsub.close(grace=20)
+        assert time.monotonic() - began < 15, "something in hand was not accounted for"
+        async with bench.client().subscribe("social.#", subscription="analytics") as stream:
+            await nothing_more(stream)
+        assert sorted((seen.payload, seen.attempt) for seen in inbox.seen) == [
+            ("ack", 1),
+            ("reject", 1),
+            ("release", 1),
+            ("release", 1),
+            ("retry", 1),
+            ("retry", 2),
+        ]
+
     async def test_an_attempt_that_waits_outlives_its_member(self, bench: Bench) -> None:
         pubsub = bench.client()
         async with pubsub.subscribe("social.#", subscription="analytics") as stream:
