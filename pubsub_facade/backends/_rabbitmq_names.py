@@ -43,9 +43,9 @@ class Names:
         return f"{self.namespace}.{self.subscription}"
 
     @property
-    def again(self) -> str:
-        """A queue and an exchange: what was out and came back, handed out apart."""
-        return f"{self.queue}:again"
+    def apart(self) -> str:
+        """A queue: what was out twice when a process or link was lost, handed out one at a time."""
+        return f"{self.queue}:apart"
 
     @property
     def dead(self) -> str:
@@ -119,19 +119,16 @@ class Arguments:
             arguments["x-quorum-initial-group-size"] = self.replicas
         return {**arguments, **more}
 
-    def handing_on(
-        self, exchange: str, routing_key: str | None = None, ttl: int | None = None
-    ) -> dict[str, Any]:
-        """A quorum queue that hands on what is rejected or has had its time, and keeps it until that is confirmed."""
+    def handing_on(self, ttl: int, exchange: str, routing_key: str | None = None) -> dict[str, Any]:
+        """A quorum queue that hands on what has had its time, and keeps it until that is confirmed."""
         more: dict[str, Any] = {
+            "x-message-ttl": ttl,
             "x-dead-letter-exchange": exchange,
             "x-dead-letter-strategy": "at-least-once",
             "x-overflow": "reject-publish",
         }
         if routing_key is not None:
             more["x-dead-letter-routing-key"] = routing_key
-        if ttl is not None:
-            more["x-message-ttl"] = ttl
         return self.quorum(**more)
 
     def ordered(self) -> dict[str, Any]:

@@ -2,9 +2,9 @@
 
 A message that kills its process must end in the dead letters, and those that were merely in its company
 must not. RabbitMQ counts for each message how often it came back, for the guilty and their company alike.
-So what came back is set aside, as its next attempt, in a queue from which each member takes one at a time:
-there, the count of one is its own (`_rabbitmq_trials` for ordered subscriptions, which cannot set aside).
-What is given back unhandled is rejected into the same queue, uncounted.
+So what came back is stored anew as its next attempt; what came back twice goes into a queue apart, from
+which each member takes one at a time: there, the count of one is its own (`_rabbitmq_trials` for ordered
+subscriptions, which cannot set aside). What is given back unhandled is stored anew too, uncounted.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
 from pubsub_facade.acks import LowWaterMark
@@ -20,7 +20,7 @@ from pubsub_facade.backends import _rabbitmq_frames as frames
 from pubsub_facade.backends import _rabbitmq_wire as mapping
 from pubsub_facade.backends._rabbitmq_confirms import Confirms, Outgoing
 from pubsub_facade.backends._rabbitmq_link import Channel
-from pubsub_facade.backends._rabbitmq_names import LEVELS, Record, level_for
+from pubsub_facade.backends._rabbitmq_names import LEVELS, Names, Record, level_for
 from pubsub_facade.backends._rabbitmq_topology import Topology
 from pubsub_facade.backends._rabbitmq_trials import Trials
 from pubsub_facade.backends.base import Receiver, Timer
@@ -28,9 +28,11 @@ from pubsub_facade.errors import ConnectionLost, PubSubError, SendFailed
 from pubsub_facade.message import Delivery, new_id
 from pubsub_facade.subscription import Definition, Subscription
 
-AGAIN: Final = "again"  # consumer tag of the queue of what came back
+APART: Final = "apart"  # consumer tag of the queue of what came back twice
 IDLE_FLUSH: Final = 0.5  # s after which acks above a stuck delivery are sent, however few
+GIVE_BACK_TIMEOUT: Final = 3.0  # s for what is unsettled to be stored anew by a member that leaves
 MAX_PREFETCH: Final = 65535
+PATIENCE: Final = 2.0  # s that one on trial may be in hand before the next one is tried beside it
 EARLY: Final = 1.0  # s before its time that a message may be handed out: clocks differ
 
 
@@ -73,11 +75,15 @@ class RabbitmqReceiver(Receiver):
         self._suspects: list[frames.Content] = []  # to be set aside
         self._early: list[tuple[Delivery, float]] = []  # to be parked until their time
         self._refused: list[Delivery] = []  # by the filter, as far as we know
-        self._out = 0  # handed out and not settled
+        self._out: dict[int, Delivery] = {}  # handed out and not settled, by tag
+        self._returning: list[Delivery] = []  # to be given back
+        self._giving_back: asyncio.Task[None] | None = None
         self._held: set[int] = set()  # of these: wait for their next attempt in the member
         self._waiter: asyncio.Future[None] | None = None
         self._flushing = False
         self._idle_flush: asyncio.TimerHandle | None = None
+        self._impatient = False
+        self._patience: asyncio.TimerHandle | None = None  # with the one on trial
         self._error: PubSubError | None = None
         self._closed = False
         self._consumers: list[str] = []
@@ -85,20 +91,20 @@ class RabbitmqReceiver(Receiver):
         channel.pika.add_on_cancel_callback(self._cancelled)
         self._link.attach(channel.number, self)
 
-    async def join(self, queues: Sequence[str], again: str | None) -> None:
+    async def join(self, queues: Sequence[str], apart: str | None) -> None:
         """Begin to consume.
 
         Arguments:
             queues: share the window between them.
-            again: of what came back one is taken at a time.
+            apart: from here one is taken at a time.
         """
         prefetch = max(1, min(self._window, MAX_PREFETCH) // len(queues))
         await self._channel.call(self._channel.pika.basic_qos, prefetch_count=prefetch)
         for index, queue in enumerate(queues):
             await self._consume(queue, str(index))
-        if again is not None:
+        if apart is not None:
             await self._channel.call(self._channel.pika.basic_qos, prefetch_count=1)
-            await self._consume(again, AGAIN)
+            await self._consume(apart, APART)
 
     async def _consume(self, queue: str, tag: str) -> None:
         self._consumers.append(tag)
@@ -138,6 +144,20 @@ class RabbitmqReceiver(Receiver):
             self._record = record
             self._filtering = record.filtering
 
+    def is_of(self, names: Names) -> bool:
+        """Whether this is a member of that subscription."""
+        return self._record is not None and self._record.names == names
+
+    @property
+    def consumers(self) -> int:
+        """How many queues it consumes from."""
+        return len(self._consumers)
+
+    @property
+    def unsettled(self) -> int:
+        """Deliveries that have arrived and are not settled."""
+        return self._mark.unsettled
+
     # -- receive ----------------------------------------------------------------------------------
 
     async def receive(self) -> Sequence[Delivery]:
@@ -146,11 +166,12 @@ class RabbitmqReceiver(Receiver):
                 raise self._error or ConnectionLost(f"rabbitmq: subscription {self._label!r}: left")
             if self._suspects or self._early or self._refused:
                 await self._put_away()
-            if self._trials is not None and self._trials.ended(self._busy):
-                await self._settled_for_good()
+            if self._trials is not None and self._trials.on_trial and not self._busy:
+                await self._acquit()
             batch = self._take()
             if batch:
-                self._out += len(batch)
+                for delivery in batch:
+                    self._out[delivery.tag] = delivery
                 return batch
             if self._suspects or self._early or self._refused:
                 continue
@@ -162,10 +183,15 @@ class RabbitmqReceiver(Receiver):
 
     @property
     def _busy(self) -> int:
-        return self._out - len(self._held)
+        return len(self._out) - len(self._held)
+
+    @property
+    def _beside(self) -> int:
+        """How many in hand speak against a trial now."""
+        return 0 if self._impatient else self._busy
 
     def _take(self) -> list[Delivery]:
-        room = self._window - self._out
+        room = self._window - len(self._out)
         batch: list[Delivery] = []
         ready, arrived = self._ready, self._arrived
         while ready and len(batch) < room:
@@ -173,15 +199,17 @@ class RabbitmqReceiver(Receiver):
         if self._trials is not None:
             while arrived:
                 self._trials.push(arrived.popleft())
-            while len(batch) < room and (found := self._trials.pop(self._busy + len(batch))) is not None:
+            while len(batch) < room and (found := self._trials.pop(self._beside + len(batch))) is not None:
                 self._sort(*found, batch)
+            if self._trials.on_trial and self._patience is None:
+                self._patience = self._loop.call_later(PATIENCE, self._lose_patience)
             return batch
         while arrived and len(batch) < room:
             content = arrived.popleft()
             returns = 0
             if content.redelivered and self._sets_aside:
                 returns = mapping.returns_of(content)
-                if returns and content.consumer != AGAIN:
+                if returns and content.consumer != APART:
                     self._suspects.append(content)
                     continue
             self._sort(content, returns, True, batch)
@@ -194,7 +222,7 @@ class RabbitmqReceiver(Receiver):
             delivery.attempt = (
                 counted if may_condemn else max(delivery.attempt, min(counted, self._max_attempts))
             )
-        if content.consumer == AGAIN:
+        if content.consumer == APART:
             delivery.redelivered = True
         if due and due - time.time() > EARLY:
             self._early.append((delivery, due))
@@ -210,13 +238,8 @@ class RabbitmqReceiver(Receiver):
     async def _put_away(self) -> None:
         """What is not handed out: set aside, parked until its time, dropped by the filter."""
         if self._suspects:
-            assert self._record is not None
-            again = self._record.names.again
-            copies = []
-            for content in self._suspects:
-                delivery, _ = mapping.read_delivery(self, self._label, content)
-                copies.append((delivery, self._copy(delivery, again, attempt=delivery.attempt + 1)))
-            await self._store(copies, handed_out=False)
+            copies = [self._struck(content) for content in self._suspects]
+            await self._store(copies)
             self._suspects.clear()
         if self._early:
             now = time.time()
@@ -224,10 +247,22 @@ class RabbitmqReceiver(Receiver):
                 (delivery, await self._waiting(delivery, due - now, delivery.attempt))
                 for delivery, due in self._early
             ]
-            await self._store(parked, handed_out=False)
+            await self._store(parked)
             self._early.clear()
         if self._refused:
             await self._drop()
+
+    def _struck(self, content: frames.Content) -> tuple[Delivery, Outgoing]:
+        """The next attempt of what was out when a process or link was lost: one at a time from the second on.
+
+        It gets one more trial whatever the count says: it may have been in bad company.
+        """
+        assert self._record is not None
+        names = self._record.names
+        delivery, _ = mapping.read_delivery(self, self._label, content)
+        attempt = max(delivery.attempt, min(delivery.attempt + 1, self._max_attempts))
+        queue = names.apart if mapping.is_struck(content) else names.queue
+        return delivery, self._copy(delivery, queue, attempt=attempt, struck=True)
 
     async def _drop(self) -> None:
         """Ack what the filter refuses, once it is known to be the newest: a new one may want it."""
@@ -240,28 +275,49 @@ class RabbitmqReceiver(Receiver):
         for delivery in self._refused:
             if self._accepts(delivery):
                 self._ready.append(delivery)
-            elif self._mark.settle(delivery.tag):
-                self._plan_flush()
+            else:
+                self._settle(delivery)
         self._refused.clear()
 
-    async def _settled_for_good(self) -> None:
-        """Return when the broker has seen every ack: the next one in hand may kill this process."""
+    async def _acquit(self) -> None:
+        """End a trial once the broker has seen the ack: the next one may kill this process."""
         assert self._record is not None
         assert self._trials is not None
         self._flush_all()
         await self._topology.versions(self._channel, self._record.names)
+        self._end_trial()
+        self._impatient = False
+
+    def _end_trial(self) -> None:
+        assert self._trials is not None
         self._trials.end()
+        if self._patience is not None:
+            self._patience.cancel()
+            self._patience = None
+
+    def _lose_patience(self) -> None:
+        """What is in hand that long kills nobody, and its owner may be waiting for more before it settles."""
+        self._end_trial()
+        self._impatient = True
+        self._wake()
 
     # -- settle -----------------------------------------------------------------------------------
 
     def ack(self, delivery: Delivery) -> None:
-        if self._mark.settle(delivery.tag):
-            self._out -= 1
-            if self._held:
-                self._held.discard(delivery.tag)
-            self._plan_flush()
-            if self._waiter is not None:
-                self._wake()
+        if self._settle(delivery) and self._waiter is not None:
+            self._wake()
+
+    def _settle(self, delivery: Delivery) -> bool:
+        tag = delivery.tag
+        if not self._mark.settle(tag):
+            return False
+        self._out.pop(tag, None)
+        if self._held:
+            self._held.discard(tag)
+        if not self._flushing:
+            self._flushing = True
+            self._loop.call_soon(self._flush)
+        return True
 
     def release(self, delivery: Delivery) -> None:
         if self._trials is not None:
@@ -269,15 +325,32 @@ class RabbitmqReceiver(Receiver):
             self._loop.call_soon(
                 self.fail, ConnectionLost("a delivery was given back: all come again, in order")
             )
+        elif self._sets_aside:
+            if self._mark.is_open(delivery.tag):
+                self._returning.append(delivery)
+                if self._giving_back is None:
+                    self._giving_back = self._loop.create_task(self._give_back(), name="pubsub-give-back")
         elif self._mark.settle_singly(delivery.tag):
-            self._out -= 1
-            self._give_back(delivery.tag)
-            self._plan_flush()
+            del self._out[delivery.tag]
+            if self._channel.error is None:
+                self._link.write([frames.nack(self._channel.number, delivery.tag, requeue=True)])
             self._wake()
 
-    def _give_back(self, tag: int) -> None:
-        if self._channel.error is None:
-            self._link.write([frames.nack(self._channel.number, tag, requeue=not self._sets_aside)])
+    async def _give_back(self) -> None:
+        """Store anew, as the same attempt, what was given back: RabbitMQ would count its return."""
+        assert self._record is not None
+        queue = self._record.names.queue
+        try:
+            while self._returning:
+                deliveries, self._returning = self._returning, []
+                copies = [(d, self._copy(d, queue, attempt=d.attempt)) for d in deliveries]
+                await self._store(copies)
+        except PubSubError as error:  # all that is unsettled comes again
+            self.fail(
+                ConnectionLost(f"rabbitmq: {len(deliveries)} deliveries could not be given back: {error}")
+            )
+        finally:
+            self._giving_back = None
 
     def hold(self, delivery: Delivery, wake: Callable[[Delivery], None]) -> Timer:
         def again(delivery: Delivery) -> None:
@@ -287,11 +360,6 @@ class RabbitmqReceiver(Receiver):
         self._held.add(delivery.tag)
         self._wake()
         return super().hold(delivery, again)
-
-    def _plan_flush(self) -> None:
-        if not self._flushing:
-            self._flushing = True
-            self._loop.call_soon(self._flush)
 
     def _flush(self) -> None:
         self._flushing = False
@@ -329,7 +397,7 @@ class RabbitmqReceiver(Receiver):
             (delivery, await self._waiting(delivery, delivery.delay, delivery.attempt + 1))
             for delivery in mine
         ]
-        await self._store(copies, handed_out=True)
+        await self._store(copies)
 
     async def bury(self, deliveries: Sequence[Delivery]) -> None:
         mine = self._open(deliveries)
@@ -337,7 +405,7 @@ class RabbitmqReceiver(Receiver):
             assert self._record is not None
             dead = self._record.names.dead
             copies = [(delivery, self._copy(delivery, dead)) for delivery in mine]
-            await self._store(copies, handed_out=True)
+            await self._store(copies)
 
     def _open(self, deliveries: Sequence[Delivery]) -> list[Delivery]:
         """Those that are not settled; raises where the link is gone and all come again."""
@@ -366,24 +434,29 @@ class RabbitmqReceiver(Receiver):
         attempt: int = 1,
         expiration: int | None = None,
         due: float | None = None,
+        struck: bool = False,
     ) -> Outgoing:
         id = delivery.id or new_id()
         properties = mapping.encode_copy(
-            delivery, id, attempt=attempt, failure=delivery.failure, expiration=expiration, due=due
+            delivery,
+            id,
+            attempt=attempt,
+            failure=delivery.failure,
+            expiration=expiration,
+            due=due,
+            struck=struck,
         )
         return Outgoing(id, "", queue, properties, delivery.body, mandatory=True)
 
-    async def _store(self, copies: list[tuple[Delivery, Outgoing]], *, handed_out: bool) -> None:
+    async def _store(self, copies: Sequence[tuple[Delivery, Outgoing]]) -> None:
         """Have copies confirmed, then settle the originals. Raises where one was not stored."""
         if not copies:
             return
         outcome = await self._copies.write([copy for _, copy in copies])
         fates = outcome.fates
         for delivery, copy in copies:
-            if copy.id not in fates and self._mark.settle(delivery.tag):
-                self._out -= handed_out
-                self._held.discard(delivery.tag)
-                self._plan_flush()
+            if copy.id not in fates:
+                self._settle(delivery)
         self._wake()
         if fates:
             self._topology.forget_levels()
@@ -395,6 +468,36 @@ class RabbitmqReceiver(Receiver):
 
     # -- leave ------------------------------------------------------------------------------------
 
+    async def _leave(self) -> None:
+        for consumer in self._consumers:
+            await self._channel.call(self._channel.pika.basic_cancel, consumer)
+        if self._sets_aside:
+            self._returning += [*self._out.values(), *self._ready, *self._untouched()]
+            if self._returning and self._giving_back is None:
+                self._giving_back = self._loop.create_task(self._give_back())
+            if self._giving_back is not None:
+                # During an alarm it would take too long: then all comes back, and is counted.
+                await asyncio.wait([self._giving_back], timeout=GIVE_BACK_TIMEOUT)
+        self._flush_all()
+
+    def _untouched(self) -> Iterator[Delivery]:
+        """What has arrived for the first time and was not handed out."""
+        for content in self._arrived:
+            if not content.redelivered:
+                yield mapping.read_delivery(self, self._label, content)[0]
+
+    async def _leave_in_order(self) -> None:
+        """End the channel by an error: what is out comes back before the next member gets anything.
+
+        A consumer that is cancelled, or whose channel is closed, hands over first and returns afterwards.
+        """
+        assert self._record is not None
+        self._flush_all()
+        await self._topology.versions(self._channel, self._record.names)
+        await self._channel.call(
+            self._channel.pika.queue_declare, f"{self._record.names.queue}:leaving", passive=True
+        )
+
     async def close(self) -> None:
         if self._closed:
             return
@@ -403,18 +506,14 @@ class RabbitmqReceiver(Receiver):
         channel = self._channel
         try:
             if channel.error is None:
-                for consumer in self._consumers:
-                    await channel.call(channel.pika.basic_cancel, consumer)
-                self._flush_all()
-                if self._sets_aside:
-                    for tag in self._mark.open_tags():
-                        self._give_back(tag)
+                await (self._leave_in_order() if self._trials is not None else self._leave())
         except PubSubError:
             pass  # the link is gone: all that is unsettled comes again
         finally:
             self._mark = LowWaterMark()
-            if self._idle_flush is not None:
-                self._idle_flush.cancel()
+            for timer in (self._idle_flush, self._patience):
+                if timer is not None:
+                    timer.cancel()
             self._forget(self)
         await channel.close()
 

@@ -14,7 +14,7 @@ import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from pubsub_facade import wire
@@ -25,7 +25,6 @@ from pubsub_facade.backends._rabbitmq_gets import Gets
 from pubsub_facade.backends._rabbitmq_link import LOCKED, MISMATCH, NOT_FOUND, Channel, ChannelClosed, Link
 from pubsub_facade.backends._rabbitmq_names import Arguments, Names, Record
 from pubsub_facade.backends._rabbitmq_wire import returns_of
-from pubsub_facade.backends.base import Backlog
 from pubsub_facade.errors import ConnectionLost, TopologyConflict
 from pubsub_facade.message import new_id
 from pubsub_facade.subscription import Definition, Subscription
@@ -34,6 +33,21 @@ LOCK_TIMEOUT: Final = 30.0  # s to wait for others who declare the same subscrip
 REQUEUE_TIMEOUT: Final = 1.0  # s until a record that a lost member had in hand is back in its queue
 MAX_RECORDS: Final = 32  # kept; each change adds one, and their number tells members of a change
 MAX_READS: Final = 10_000  # of a record until it is written anew: its delivery limit is far above
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """What the broker says of one subscription's queues.
+
+    Arguments:
+        waiting: messages that are not handed out.
+        dead: dead letters.
+        consumers: of all members in all processes.
+    """
+
+    waiting: int
+    dead: int
+    consumers: int
 
 
 class Topology:
@@ -119,13 +133,8 @@ class Topology:
             for queue in record.queues:
                 await self._declare_queue(channel, queue, make.ordered())
         else:
-            await channel.call(
-                channel.pika.exchange_declare, names.again, exchange_type="fanout", durable=True
-            )
-            handing_on = make.handing_on(names.again)
-            await self._declare_queue(channel, names.queue, handing_on)
-            await self._declare_queue(channel, names.again, handing_on)
-            await channel.call(channel.pika.queue_bind, names.again, names.again, "")
+            for queue in (names.queue, names.apart):
+                await self._declare_queue(channel, queue, make.quorum())
         await self._declare_queue(channel, names.dead, make.quorum())
         if record.spread:
             await channel.call(
@@ -308,7 +317,7 @@ class Topology:
             if known and level not in known[-1][1].levels:
                 levels = tuple(sorted({*known[-1][1].levels, level}))
                 await self._remember(gets, known, replace(known[-1][1], levels=levels))
-            arguments = self._arguments.handing_on("", names.queue, level)
+            arguments = self._arguments.handing_on(level, "", names.queue)
             async with self._link.brief_channel() as channel:
                 try:
                     await self._declare_queue(channel, queue, arguments)
@@ -329,7 +338,7 @@ class Topology:
             await channel.call(pika.exchange_declare, due, exchange_type="fanout", durable=True)
             await channel.call(pika.exchange_declare, name, exchange_type="fanout", durable=True)
             await self._declare_queue(channel, sink, self._arguments.quorum(**{"x-max-length": 1}))
-            await self._declare_queue(channel, name, self._arguments.handing_on(due, ttl=level))
+            await self._declare_queue(channel, name, self._arguments.handing_on(level, due))
             await channel.call(pika.queue_bind, sink, due, "")
             await channel.call(pika.exchange_bind, namespace, due, "")
             await channel.call(pika.queue_bind, name, name, "")
@@ -342,30 +351,35 @@ class Topology:
 
     # -- count and delete -------------------------------------------------------------------------
 
-    async def inspect(self, subscription: str) -> Backlog:
-        """`Backend.inspect`: what is in flight, and how old the oldest is, AMQP does not tell."""
+    async def inspect(self, subscription: str) -> Counts | None:
+        """What waits and who consumes; None where there is no such subscription."""
         record = await self.record(subscription)
         if record is None:
-            return Backlog(0, None, 0, None)
+            return None
         names = record.names
-        waiting = [*record.queues, *(names.retry(level) for level in record.levels)]
+        consumed = list(record.queues)
         if not record.definition.ordered:
-            waiting.append(names.again)
-        counts = await self._counts([*waiting, names.dead])
-        return Backlog(sum(counts[:-1]), None, counts[-1], None)
+            consumed.append(names.apart)
+        counts = await self._counts([*consumed, *map(names.retry, record.levels), names.dead])
+        return Counts(
+            waiting=sum(ready for ready, _ in counts[:-1]),
+            dead=counts[-1][0],
+            consumers=sum(consumers for _, consumers in counts[: len(consumed)]),
+        )
 
-    async def _counts(self, queues: Sequence[str]) -> list[int]:
-        counts: list[int] = []
+    async def _counts(self, queues: Sequence[str]) -> list[tuple[int, int]]:
+        """Messages ready in each queue, and its consumers."""
+        counts: list[tuple[int, int]] = []
         while len(counts) < len(queues):
             async with self._link.brief_channel() as channel:
                 try:
                     for queue in queues[len(counts) :]:
                         answer = await channel.call(channel.pika.queue_declare, queue, passive=True)
-                        counts.append(int(answer.message_count))
+                        counts.append((int(answer.message_count), int(answer.consumer_count)))
                 except ChannelClosed as error:
                     if error.code != NOT_FOUND:
                         raise
-                    counts.append(0)  # somebody has deleted it
+                    counts.append((0, 0))  # somebody has deleted it
         return counts
 
     async def delete(self, subscription: str) -> None:
@@ -373,13 +387,12 @@ class Topology:
         names = self.names(subscription)
         record = await self.record(subscription)
         async with self._alone(names):
-            queues = [names.queue, names.again, names.dead, *map(names.retry, named.LEVELS)]
+            queues = [names.queue, names.apart, names.dead, *map(names.retry, named.LEVELS)]
             if record is not None:
                 queues += record.queues
             await self._delete_queues(queues)
             async with self._link.brief_channel() as channel:
-                for exchange in (names.again, names.hash):
-                    await channel.call(channel.pika.exchange_delete, exchange)
+                await channel.call(channel.pika.exchange_delete, names.hash)
             await self._delete_queues([names.definition])
         self._records.pop(subscription, None)
         self._levels.difference_update(map(names.retry, named.LEVELS))

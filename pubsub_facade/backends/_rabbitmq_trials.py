@@ -1,18 +1,21 @@
 """Which delivery of an ordered subscription is next, after some came back because a process or link was lost.
 
-One of them may have killed the process, and would again, with others in its company. They cannot be set
-aside without losing their place, so they are tried in place: one in hand at a time and nothing beside it,
-the one that came back most often first. What was tried and done is gone when the next process dies, so
-that the guilty one moves to the front: only the first one that a member hands out may be condemned by how
-often it came back, any other gets at least one more trial. Pure: no I/O.
+What came back once is next in its place. What came back more often may have killed its process, and would
+again, with others in its company. It cannot be set aside without losing its place, so it is tried in place:
+one in hand at a time and nothing beside it, the one that came back most often first. What was tried and
+done is gone when the next process dies, so that the guilty one moves to the front: only the first one that
+a member hands out may be condemned by how often it came back, any other gets one more trial. Pure: no I/O.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from typing import Final
 
 from pubsub_facade.backends._rabbitmq_frames import Content
 from pubsub_facade.backends._rabbitmq_wire import returns_of
+
+SUSPECT: Final = 2  # returns from which on it is tried alone
 
 
 class Trials:
@@ -21,7 +24,7 @@ class Trials:
     __slots__ = ("_first", "_free", "_lines", "_suspects", "_trial")
 
     def __init__(self) -> None:
-        self._free: deque[Content] = deque()
+        self._free: deque[tuple[Content, int]] = deque()
         self._lines: dict[str, deque[tuple[Content, int]]] = {}  # while there are suspects: by consumer tag
         self._suspects = 0  # how many are in the lines
         self._trial = False  # one is in hand
@@ -30,10 +33,10 @@ class Trials:
     def push(self, content: Content) -> None:
         """A delivery has arrived."""
         returns = returns_of(content)
-        if not returns and not self._lines:
-            self._free.append(content)
+        if returns < SUSPECT and not self._lines:
+            self._free.append((content, returns))
             return
-        self._suspects += bool(returns)
+        self._suspects += returns >= SUSPECT
         self._lines.setdefault(content.consumer, deque()).append((content, returns))
 
     def pop(self, busy: int) -> tuple[Content, int, bool] | None:
@@ -46,26 +49,27 @@ class Trials:
             return None
         if self._free:
             self._first = False
-            return self._free.popleft(), 0, False
+            return *self._free.popleft(), False
         if not self._suspects:
             for line in self._lines.values():
-                self._free.extend(content for content, _ in line)
+                self._free.extend(line)
             self._lines.clear()
-            return (self._free.popleft(), 0, False) if self._free else None
+            return (*self._free.popleft(), False) if self._free else None
         if busy:
             return None
         name = max(self._lines, key=lambda name: self._lines[name][0][1])
         content, returns = self._lines[name].popleft()
         if not self._lines[name]:
             del self._lines[name]
-        self._suspects -= bool(returns)
+        self._suspects -= returns >= SUSPECT
         self._trial = True
         first, self._first = self._first, False
         return content, returns, first
 
-    def ended(self, busy: int) -> bool:
-        """Whether the one on trial is out of hand."""
-        return self._trial and not busy
+    @property
+    def on_trial(self) -> bool:
+        """Whether one is in hand that nothing may be beside."""
+        return self._trial
 
     def end(self) -> None:
         """The broker knows what became of it."""

@@ -16,6 +16,7 @@ from pubsub_facade.backends import _rabbitmq_frames as frames
 from pubsub_facade.message import Delivery, Failure, Message
 
 LONG: Final = "pubsub-long"  # JSON: headers whose names AMQP cannot carry (over 255 bytes)
+STRUCK: Final = "pubsub-struck"  # was out once when a process or link was lost
 RETURNS: Final = "x-delivery-count"  # how often a quorum queue got it back
 
 
@@ -65,11 +66,13 @@ def encode_copy(
     failure: Failure | None,
     expiration: int | None = None,
     due: float | None = None,
+    struck: bool = False,
 ) -> bytes:
     """The properties of a copy that a member makes: parked, set aside or dead.
 
     Arguments:
         id: the delivery's, or a new one where a foreign message had none.
+        struck: it was out when a process or link was lost.
         due: seconds since the epoch before which it is not to be handed out, where ``expiration`` is sooner.
     """
     headers: dict[str, Any] = CODEC.encode_user(delivery.headers) if delivery.headers else {}
@@ -84,6 +87,8 @@ def encode_copy(
         headers[wire.FAILURE] = json.dumps(asdict(failure))
     if due is not None:
         headers[wire.DUE] = repr(due)
+    if struck:
+        headers[STRUCK] = "1"
     return _properties(delivery, headers, expiration, id)
 
 
@@ -149,6 +154,11 @@ def returns_of(content: frames.Content) -> int:
         return 0
     count = frames.read_properties(content.properties).headers.get(RETURNS)
     return count if isinstance(count, int) and 0 <= count < 1 << 31 else 0
+
+
+def is_struck(content: frames.Content) -> bool:
+    """Whether it was out when a process or link was lost, before this copy was made."""
+    return STRUCK in frames.read_properties(content.properties).headers
 
 
 def read_message(content: frames.Content) -> Message:

@@ -321,8 +321,17 @@ class RabbitmqBackend(Backend):
         await topology.delete(subscription)
 
     async def inspect(self, subscription: str) -> Backlog:
+        """In flight is known while all members are in this process: AMQP does not tell it, nor any age."""
         topology = await self._consuming()
-        return await topology.inspect(subscription)
+        counts = await topology.inspect(subscription)
+        if counts is None:
+            return Backlog(0, 0, 0, None)
+        names = self._names(subscription)
+        mine = [receiver for receiver in self._receivers if receiver.is_of(names)]
+        in_flight = None
+        if sum(receiver.consumers for receiver in mine) == counts.consumers:
+            in_flight = sum(receiver.unsettled for receiver in mine)
+        return Backlog(counts.waiting, in_flight, counts.dead, None)
 
     async def consume(self, subscription: Subscription, window: int) -> Receiver:
         topology = await self._consuming()
@@ -347,8 +356,8 @@ class RabbitmqBackend(Backend):
                 queue = await self._ephemeral(channel, subscription)
                 await receiver.join([queue], None)
             else:
-                again = None if record.definition.ordered else record.names.again
-                await receiver.join(record.queues, again)
+                apart = None if record.definition.ordered else record.names.apart
+                await receiver.join(record.queues, apart)
         except BaseException:
             await receiver.close()
             raise
