@@ -59,8 +59,15 @@ MUTATIONS: Final = (
     Mutation(
         "* is exactly one word",
         "topics.py",
-        'return _WORD if word == "*"',
-        r'return rf"(?:{_WORD})(?:\.{_WORD})?" if word == "*"',
+        '        child = node.children.get("#")\n',
+        '        child = node.children.get("#") or node.children.get("*")\n',
+        "each_pattern_gets_exactly_its_topics",
+    ),
+    Mutation(
+        "# is also no word",
+        "topics.py",
+        "        _skip_many(following)\n",
+        "",
         "each_pattern_gets_exactly_its_topics",
     ),
     Mutation(
