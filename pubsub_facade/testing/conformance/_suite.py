@@ -218,9 +218,9 @@ class Bench:
         backend.open = opened  # type: ignore[method-assign]
         backend.declare = declared  # type: ignore[method-assign]
 
-    async def until_dead(self, subscription: str, count: int, **overrides: Any) -> list[Message]:
+    async def until_dead(self, subscription: str, count: int) -> list[Message]:
         """Wait until the subscription has ``count`` dead letters; returns them."""
-        pubsub = self.client(**overrides)
+        pubsub = self.client()
         letters: list[Message] = []
 
         async def there() -> bool:
@@ -234,8 +234,7 @@ class Bench:
         """Close every client and remove all that was declared."""
         for sync_client in self._sync_clients:
             await asyncio.to_thread(sync_client.close, 5)
-        for pubsub in self._clients:
-            await pubsub.close(grace=5)
+        await asyncio.gather(*(pubsub.close(grace=5) for pubsub in self._clients))
         for namespace in self._touched:
             settings = self.settings(namespace=namespace)
             async with AsyncPubSub(settings) as pubsub:
