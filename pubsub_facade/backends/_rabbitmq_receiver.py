@@ -32,6 +32,7 @@ APART: Final = "apart"  # consumer tag of the queue of what came back twice
 IDLE_FLUSH: Final = 0.5  # s after which acks above a stuck delivery are sent, however few
 GIVE_BACK_TIMEOUT: Final = 3.0  # s for what is unsettled to be stored anew by a member that leaves
 MAX_PREFETCH: Final = 65535
+TRIALS_AFTER: Final = 0.2  # s from joining on, for all queues to have delivered
 PATIENCE: Final = 2.0  # s that one on trial may be in hand before the next one is tried beside it
 EARLY: Final = 1.0  # s before its time that a message may be handed out: clocks differ
 
@@ -82,6 +83,7 @@ class RabbitmqReceiver(Receiver):
         self._waiter: asyncio.Future[None] | None = None
         self._flushing = False
         self._idle_flush: asyncio.TimerHandle | None = None
+        self._trials_from = self._loop.time() + TRIALS_AFTER
         self._impatient = False
         self._patience: asyncio.TimerHandle | None = None  # with the one on trial
         self._error: PubSubError | None = None
@@ -187,7 +189,11 @@ class RabbitmqReceiver(Receiver):
 
     @property
     def _beside(self) -> int:
-        """How many in hand speak against a trial now."""
+        """How many in hand speak against a trial now; before all queues have told what they have: one."""
+        assert self._trials is not None
+        if self._trials.suspects and self._loop.time() < self._trials_from:
+            self._loop.call_at(self._trials_from, self._wake)
+            return max(1, self._busy)
         return 0 if self._impatient else self._busy
 
     def _take(self) -> list[Delivery]:

@@ -2,9 +2,10 @@
 
 What came back once is next in its place. What came back more often may have killed its process, and would
 again, with others in its company. It cannot be set aside without losing its place, so it is tried in place:
-one in hand at a time and nothing beside it, the one that came back most often first. What was tried and
-done is gone when the next process dies, so that the guilty one moves to the front: only the first one that
-a member hands out may be condemned by how often it came back, any other gets one more trial. Pure: no I/O.
+one in hand at a time and nothing beside it, the one that came back most often first, and of equals the
+first by queue and place. What was tried and done is gone when the next process dies, so that the guilty
+one is at the front: only the first one that a member tries may be condemned by how often it came back,
+and only if it came back from a trial; any other gets one more. Pure: no I/O.
 """
 
 from __future__ import annotations
@@ -57,14 +58,19 @@ class Trials:
             return (*self._free.popleft(), False) if self._free else None
         if busy:
             return None
-        name = max(self._lines, key=lambda name: self._lines[name][0][1])
+        name = max(sorted(self._lines), key=lambda name: self._lines[name][0][1])
         content, returns = self._lines[name].popleft()
         if not self._lines[name]:
             del self._lines[name]
         self._suspects -= returns >= SUSPECT
         self._trial = True
         first, self._first = self._first, False
-        return content, returns, first
+        return content, returns, first and returns > SUSPECT
+
+    @property
+    def suspects(self) -> int:
+        """How many are to be tried."""
+        return self._suspects
 
     @property
     def on_trial(self) -> bool:
