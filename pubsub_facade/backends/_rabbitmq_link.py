@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import ssl
 import struct
 from collections.abc import AsyncIterator, Callable
 from typing import Any, Final, Protocol
@@ -419,21 +420,28 @@ async def connect(
 def _refusal(error: BaseException, title: str, username: str, vhost: str) -> ConnectionFailed:
     root = _root(error)
     text = _say(root)
-    if isinstance(root, exceptions.ConnectionClosedByBroker) and root.reply_code == 530:
-        if "not found" in root.reply_text:
-            return ConnectionFailed(
-                f"{title}: there is no virtual host {vhost!r}: create it (rabbitmqctl add_vhost), "
-                "or mend the path of the url"
-            )
-        if "refused" in root.reply_text:
-            return AuthenticationFailed(f"{title}: {text}; grant it (rabbitmqctl set_permissions)")
-    refused = isinstance(root, exceptions.ConnectionClosedByBroker) and root.reply_code == 403
-    if refused or isinstance(root, exceptions.AuthenticationError | exceptions.ProbableAuthenticationError):
-        return AuthenticationFailed(
-            f"{title} refused user {username!r}: check username and password ({text})"
-        )
+    if isinstance(root, exceptions.AuthenticationError | exceptions.ProbableAuthenticationError):
+        return AuthenticationFailed(f"{title} refused user {username!r}: check username and password")
     if isinstance(root, exceptions.ProbableAccessDeniedError):
-        return AuthenticationFailed(f"{title} refused user {username!r} the virtual host {vhost!r} ({text})")
+        if "not found" in text:
+            return ConnectionFailed(
+                f"{title} has no virtual host {vhost!r}: create it (rabbitmqctl add_vhost), or mend the path of the url"
+            )
+        return AuthenticationFailed(
+            f"{title} refused user {username!r} the virtual host {vhost!r}: grant it (rabbitmqctl set_permissions)"
+        )
+    if isinstance(root, ssl.SSLCertVerificationError):
+        return ConnectionFailed(
+            f"{title}: its certificate is not trusted ({root.verify_message}): see ca and hostname of [rabbitmq.tls]"
+        )
+    if isinstance(root, ssl.SSLError):
+        return ConnectionFailed(
+            f"{title}: no TLS could be agreed on ({root.reason or root}): is it a TLS port, with our certificate?"
+        )
+    if isinstance(root, exceptions.IncompatibleProtocolError):
+        return ConnectionFailed(
+            f"{title}: what answers there does not speak AMQP 0-9-1: is it the right port?"
+        )
     return ConnectionFailed(f"{title}: {text}")
 
 
@@ -457,4 +465,6 @@ def _say(error: BaseException) -> str:
         return f"the broker closed it: {root.reply_text} ({root.reply_code})"
     if isinstance(root, exceptions.ConnectionClosedByClient | exceptions.ChannelClosedByClient):
         return "closed"
+    if isinstance(root, exceptions.AMQPError) and root.args and isinstance(root.args[0], str):
+        return root.args[0]
     return str(root) or type(root).__name__
