@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,12 +18,13 @@ from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webdriver import WebDriver
 
+from pubsub_facade import PubSub, Settings
 from pubsub_facade.testing.faults import free_port, wait_until
 
 from .conftest import ROOT
 from .servers import environment
 
-SHOTS = "PUBSUB_SCREENSHOTS"  # a folder: keep screenshots there, as the docs show them
+SHOTS = "SCREENSHOTS"  # a folder: keep screenshots there, as the docs show them
 
 
 @pytest.fixture(scope="module")
@@ -43,17 +45,22 @@ def browser() -> Iterator[WebDriver]:
     running.quit()
 
 
-@pytest.fixture(params=["django", "flask"])
+@pytest.fixture
 def site(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """The address of a running example."""
+    """The address of a running example: of its name and, after a hyphen, its broker."""
+    name, _, broker = request.param.partition("-")
     port = free_port()
-    command = [sys.executable, str(ROOT / "examples" / f"social_{request.param}" / "run.py")]
+    command = [sys.executable, str(ROOT / "examples" / f"social_{name}" / "run.py")]
+    variables = {}
+    if broker:
+        config = str(ROOT / ".brokers" / f"pubsub.{broker}.toml")
+        variables = {"PUBSUB_CONFIG": config, "PUBSUB_NAMESPACE": f"test-{uuid.uuid4().hex[:10]}"}
     log = tmp_path / "log"
     with log.open("w") as output:
         running = subprocess.Popen(
             [*command, "--port", str(port), "--state", str(tmp_path)],
             cwd=tmp_path,
-            env=environment(),
+            env=environment(**variables),
             stdout=output,
             stderr=output,
             start_new_session=True,
@@ -73,6 +80,10 @@ def site(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     finally:
         running.send_signal(signal.SIGTERM)
         code = running.wait(30)
+        if broker:
+            with PubSub(Settings.load(config, namespace=variables["PUBSUB_NAMESPACE"])) as pubsub:
+                pubsub.delete("notifications")
+                pubsub.delete("analytics")
     assert code == 0, log.read_text()
 
 
@@ -80,6 +91,11 @@ def see(true: Callable[[], bool], what: str, timeout: float = 30) -> None:
     wait_until(true, timeout, what)
 
 
+@pytest.mark.parametrize(
+    "site",
+    ["django", "flask", pytest.param("flask-rabbitmq", marks=pytest.mark.broker("rabbitmq"))],
+    indirect=True,
+)
 def test_a_post_reaches_the_feed_of_another_window_and_the_chart(
     browser: WebDriver, site: str, request: pytest.FixtureRequest
 ) -> None:
@@ -127,6 +143,7 @@ def bars(browser: WebDriver) -> dict[str | None, str | None]:
     return dict(browser.execute_script(script))
 
 
+@pytest.mark.parametrize("site", ["django", "flask"], indirect=True)
 def test_a_form_that_is_not_filled_in_rightly_is_refused(browser: WebDriver, site: str) -> None:
     browser.get(site)
     script = "document.querySelectorAll('form input').forEach(i => i.removeAttribute('required'))"
