@@ -184,7 +184,13 @@ def _check_place(path: Path) -> None:
 
 
 def _prepare(connection: sqlite3.Connection, settings: SqliteSettings) -> None:
-    if not _is_ours(connection, settings.path):
+    connection.execute("BEGIN")  # one snapshot: another process may be creating the schema right now
+    try:
+        ours = _is_ours(connection, settings.path)
+    finally:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+    if not ours:
         _create(connection, settings.path)
     for pragma in (
         "journal_mode = WAL",
