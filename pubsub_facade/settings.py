@@ -215,7 +215,7 @@ class KafkaSettings(_Section):
     password: SecretStr | None = None
     sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] | None = None
     tls: Tls = Tls()
-    partitions: int | None = Field(4, ge=1)
+    partitions: int | None = Field(3, ge=1)
     replication_factor: int | None = Field(None, ge=1)
     min_insync_replicas: int | None = Field(None, ge=1)
     retention: float | None = Field(None, gt=0)

@@ -339,6 +339,11 @@ def by_topic(values: Mapping[TP, Any]) -> list[tuple[str, list[tuple[Any, ...]]]
     return list(out.items())
 
 
+def by_number(tps: Collection[TP]) -> list[tuple[str, list[int]]]:
+    """Topic, then the numbers of its partitions."""
+    return [(topic, [number for (number,) in numbers]) for topic, numbers in by_topic(dict.fromkeys(tps, ()))]
+
+
 def backoff(limit: float) -> Iterable[float]:
     """Pauses for trying again, in seconds, until about ``limit`` seconds have passed."""
     end = time.monotonic() + limit

@@ -18,7 +18,15 @@ from aiokafka.protocol.fetch import FetchRequest
 from aiokafka.record.memory_records import MemoryRecords
 from aiokafka.structs import TopicPartition
 
-from pubsub_facade.backends._kafka_cluster import EARLIEST, READ, Cluster, Link, check_rights
+from pubsub_facade.backends._kafka_cluster import (
+    EARLIEST,
+    READ,
+    Cluster,
+    Link,
+    by_number,
+    by_topic,
+    check_rights,
+)
 from pubsub_facade.backends._kafka_partition import Partition
 from pubsub_facade.backends._kafka_records import TP
 from pubsub_facade.errors import ConnectionLost, PubSubError
@@ -26,6 +34,7 @@ from pubsub_facade.errors import ConnectionLost, PubSubError
 FETCH_WAIT: Final = 1.0  # seconds a request waits at the broker for something to come
 FETCH_BYTES: Final = 8 << 20
 PARTITION_BYTES: Final = 512 << 10
+MAX_EPOCH: Final = (1 << 31) - 2
 CROWDED: Final = 0.05  # seconds to wait for room, where some partitions have none and others are empty
 
 _GONE: Final = kafka_errors.UnknownTopicOrPartitionError.errno
@@ -35,21 +44,24 @@ _OUT_OF_RANGE: Final = kafka_errors.OffsetOutOfRangeError.errno
 class Fetched:
     """One partition's part of an answer."""
 
-    __slots__ = ("code", "end", "following", "number", "records", "size", "topic")
+    __slots__ = ("code", "following", "records", "size", "tp")
 
     def __init__(self, version: int, topic: str, part: tuple[Any, ...], start: int) -> None:
-        number, code, end, *rest = part
-        aborted = rest[2] if version >= 11 else rest[-2]
+        number, self.code, *rest = part
+        aborted = rest[3] if version >= 11 else rest[-2]
         data = rest[-1] or b""
-        self.topic: str = topic
-        self.number: int = number
-        self.code: int = code
-        self.end: int = end
+        self.tp: TP = (topic, number)
         self.size = len(data)
         self.following = _following(data, start)  # the offset behind what came
-        tp = TopicPartition(topic, number)
         self.records: Any = PartitionRecords(
-            tp, MemoryRecords(data), aborted, start, None, None, True, READ_COMMITTED
+            TopicPartition(topic, number),
+            MemoryRecords(data),
+            aborted,
+            start,
+            None,
+            None,
+            True,
+            READ_COMMITTED,
         )
 
 
@@ -73,17 +85,19 @@ def request(offsets: dict[TP, int], wait: float, size: int = PARTITION_BYTES) ->
         wait: seconds to wait at the broker.
         size: bytes of each partition; one batch always comes, whatever its size.
     """
-    topics: dict[str, list[tuple[int, int, int]]] = {}
-    for (topic, number), offset in offsets.items():
-        topics.setdefault(topic, []).append((number, offset, size))
-    return FetchRequest(int(wait * 1000), 1, FETCH_BYTES, READ_COMMITTED, list(topics.items()))
+    return FetchRequest(int(wait * 1000), 1, FETCH_BYTES, READ_COMMITTED, _rows(offsets, size))
+
+
+def _rows(offsets: dict[TP, int], size: int) -> list[tuple[str, list[tuple[Any, ...]]]]:
+    return by_topic({tp: (offset, size) for tp, offset in offsets.items()})
 
 
 def answers(response: Any, offsets: dict[TP, int]) -> Iterator[Fetched]:
     """The answer to `request`, partition by partition."""
     for topic, partitions in response.topics:
         for part in partitions:
-            yield Fetched(response.API_VERSION, topic, part, offsets[(topic, part[0])])
+            if (topic, part[0]) in offsets:
+                yield Fetched(response.API_VERSION, topic, part, offsets[(topic, part[0])])
 
 
 async def read(cluster: Cluster, tp: TP, start: int, stop: int) -> AsyncIterator[Any]:
@@ -120,6 +134,64 @@ async def read(cluster: Cluster, tp: TP, start: int, stop: int) -> AsyncIterator
                 position = max(position, fetched.records.next_fetch_offset)
 
 
+class _Incremental(FetchRequest):  # type: ignore[misc]
+    """A fetch request within a session, where the broker knows sessions of this form (Kafka 2.1)."""
+
+    def __init__(self, session: Session, offsets: dict[TP, int], wait: float) -> None:
+        super().__init__(int(wait * 1000), 1, FETCH_BYTES, READ_COMMITTED, _rows(offsets, PARTITION_BYTES))
+        self._session = session
+        self._offsets = offsets
+
+    def build(self, request_struct_class: Any) -> Any:
+        if request_struct_class.API_VERSION < 9:
+            return super().build(request_struct_class)
+        changed, forgotten = self._session.next(self._offsets)
+        self._topics = _rows(changed, PARTITION_BYTES)
+        struct = super().build(request_struct_class)
+        struct.session_id, struct.session_epoch = self._session.id, self._session.epoch
+        struct.forgotten_topics_data = by_number(forgotten)
+        return struct
+
+
+class Session:
+    """What one broker knows of our fetching (KIP-227), so that neither side says again what has not changed.
+
+    Hundreds of quiet partitions then cost nothing: a request names those that moved on, an answer those
+    with something new.
+    """
+
+    __slots__ = ("_told", "epoch", "id")
+
+    def __init__(self) -> None:
+        self.id = 0
+        self.epoch = 0  # of the request that was made last
+        self._told: dict[TP, int] = {}
+
+    def request(self, offsets: dict[TP, int], wait: float) -> Any:
+        """As `request`."""
+        return _Incremental(self, offsets, wait)
+
+    def next(self, offsets: dict[TP, int]) -> tuple[dict[TP, int], set[TP]]:
+        """Another request: which partitions to name, and which to forget."""
+        told, self._told = self._told, offsets
+        if not self.id:
+            self.epoch = 0
+            return offsets, set()
+        self.epoch = self.epoch % MAX_EPOCH + 1
+        changed = {tp: offset for tp, offset in offsets.items() if told.get(tp) != offset}
+        return changed, told.keys() - offsets.keys()
+
+    def answered(self, response: Any) -> bool:
+        """Take in what the broker says of the session; False where the request counts for nothing."""
+        if response.API_VERSION < 7:
+            return True
+        if response.error_code:
+            self.id = 0
+            return False
+        self.id = response.session_id
+        return True
+
+
 class Fetcher:
     """Reads ahead for one member.
 
@@ -142,6 +214,7 @@ class Fetcher:
         self._fail = fail
         self._partitions: list[Partition] = []
         self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._sessions: dict[int, Session] = {}
         self._room = asyncio.Event()
 
     def assign(self, partitions: Iterable[Partition]) -> None:
@@ -197,11 +270,13 @@ class Fetcher:
         crowded = len(hungry) < len(mine)
         offsets = {partition.tp: partition.fetch_from for partition in hungry}
         try:
-            response = await self._cluster.call(
-                node, request(offsets, 0 if crowded else FETCH_WAIT), self._link
-            )
+            session = self._sessions.setdefault(node, Session())
+            wanted = session.request(offsets, 0 if crowded else FETCH_WAIT)
+            response = await self._cluster.call(node, wanted, self._link)
         except ConnectionLost:
             await self._look_for_leaders()
+            return
+        if not session.answered(response):
             return
         came, stale = await self._take(response, offsets, {partition.tp: partition for partition in hungry})
         if stale:
@@ -218,7 +293,7 @@ class Fetcher:
     ) -> tuple[bool, bool]:
         came = stale = False
         for fetched in answers(response, offsets):
-            tp = (fetched.topic, fetched.number)
+            tp = fetched.tp
             partition = partitions[tp]
             if partition.fetch_from != offsets[tp] or partition.held:
                 continue  # it was moved meanwhile
@@ -226,7 +301,7 @@ class Fetcher:
                 first = (await self._cluster.offsets({tp: EARLIEST})).get(tp, 0)
                 partition.drop(first)
             elif fetched.code:
-                check_rights(fetched.code, f"topic {fetched.topic!r}")
+                check_rights(fetched.code, f"topic {tp[0]!r}")
                 stale = True
             elif fetched.following > offsets[tp]:
                 partition.feed(fetched.records, fetched.size, fetched.following)

@@ -21,6 +21,7 @@ from pubsub_facade.backends._kafka_cluster import (
     Cluster,
     Link,
     backoff,
+    by_number,
     by_topic,
     check_rights,
     explain,
@@ -334,11 +335,6 @@ def share_out(
             least = min(takers, key=lambda member: len(shares[member]))
             shares[least].append((topic, number))
     return shares
-
-
-def by_number(tps: Collection[TP]) -> list[tuple[str, list[int]]]:
-    """Topic, then the numbers of its partitions."""
-    return [(topic, [number for (number,) in numbers]) for topic, numbers in by_topic(dict.fromkeys(tps, ()))]
 
 
 def _partitions(assignment: bytes) -> list[TP]:

@@ -1,8 +1,7 @@
-"""Where a subscription is on each of its partitions: at its commit, else where it was pinned or moved to.
+"""Where a subscription is on each of its partitions: at its commit, else where it was declared or moved to.
 
-What was never committed begins at the pin that its declaration stored, and a topic that has none began
-after the declaration, so that all of it counts. A pin older than the topic itself (deleted and made again)
-pins nothing.
+What was not committed since begins at the pin that the declaration stored, and a topic that has none began
+after it, so that all of it counts. A pin older than the topic itself (deleted and made again) pins nothing.
 """
 
 from __future__ import annotations
@@ -17,27 +16,25 @@ from pubsub_facade.backends._kafka_registry import Ends, Entry
 
 
 async def places(
-    cluster: Cluster, group: str, retry_topic: str, tps: Collection[TP], entry: Entry | None
+    cluster: Cluster, group: str, retry_topic: str, tps: Collection[TP], entry: Entry
 ) -> dict[TP, Progress]:
     """Where to go on, for each partition.
 
     Arguments:
-        retry_topic: what waits there is dropped by a seek, whatever it seeks.
+        retry_topic: what waits there is dropped by a move, wherever it goes.
         entry: what the registry holds of the subscription.
     """
     found = await committed(cluster, group, tps)
-    move = None if entry is None else entry.move
-    number = 0 if move is None else move.number
+    move = entry.move
     pins: dict[TP, Ends] = {}
     times: dict[TP, int] = {}
     for tp in tps:
         known = found.get(tp)
-        if move is not None and (known is None or (known.moves is not None and known.moves < number)):
-            pins[tp] = move.ends
-            if tp[0] != retry_topic and move.to != "end":
-                times[tp] = EARLIEST if isinstance(move.to, str) else int(move.to * 1000)
-        elif known is None and entry is not None and (pin := entry.pin(tp)) is not None:
-            pins[tp] = pin
+        if known is not None and (known.moves is None or known.moves >= move.number):
+            continue
+        pins[tp] = entry.origin(tp)
+        if pins[tp] is move.ends and tp[0] != retry_topic and move.to != "end":
+            times[tp] = EARLIEST if isinstance(move.to, str) else int(move.to * 1000)
     sought = await cluster.offsets(times) if times else {}
     pinned = await _offsets(cluster, {tp: ends for tp, ends in pins.items() if sought.get(tp, -1) < 0})
     for tp in pins:
@@ -48,7 +45,7 @@ async def places(
     for tp in doubtful:  # what came later was in nobody's hands
         places[tp].window = max(0, min(places[tp].window, ends.get(tp, 0) - places[tp].reached))
     for progress in places.values():
-        progress.moves = number
+        progress.moves = move.number
     return places
 
 

@@ -101,7 +101,7 @@ class KafkaReceiver(Receiver):
         self._gone: PubSubError | None = None
         self._closed = False
         self._joined: dict[str, int] = {}  # Kafka topic -> partitions, as we last joined
-        self._moves = 0
+        self._moves = 1 << 62  # the move that was obeyed when last joined; nothing to obey before that
         self._definition = Definition.first(subscription, 0.0)
         self._filtered = False
         number = next(shared.numbers)
@@ -169,7 +169,7 @@ class KafkaReceiver(Receiver):
                 self._follow()
         elif entry is None:
             self.fail(ConnectionLost(f"kafka: subscription {self.subscription.name!r} was deleted"))
-        elif wanted != self._joined or (entry.move is not None and entry.move.number > self._moves):
+        elif wanted != self._joined or entry.move.number > self._moves:
             self._group.rejoin()
 
     def _follow(self) -> None:
@@ -187,9 +187,11 @@ class KafkaReceiver(Receiver):
     async def assigned(self, tps: Collection[TP]) -> None:
         entry = self._entry()
         assert self._group is not None
+        if entry is None:
+            raise ConnectionLost(f"kafka: subscription {self.subscription.name!r} was deleted")
         retry = self._shared.names.retry(self.subscription.label)
         starts = await places(self._shared.cluster, self._group.group, retry, tps, entry)
-        self._moves = 0 if entry is None or entry.move is None else entry.move.number
+        self._moves = entry.move.number
         partitions = self._make(starts)
         await self._commit(partitions.values())
         self._hold(starts, partitions)

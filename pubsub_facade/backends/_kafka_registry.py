@@ -52,10 +52,13 @@ class Ends:
 
 @dataclass(frozen=True)
 class Move:
-    """A seek: the members carry it out, each for the partitions it holds, once.
+    """Where a subscription goes on: the members carry it out, each for the partitions it holds, once.
+
+    Its declaration is one (to the "end"), so that what an earlier subscription of the name committed counts
+    for nothing; a seek is another.
 
     Arguments:
-        number: counts the seeks of a subscription.
+        number: later ones have higher numbers.
         to: seconds since the epoch, or "beginning" or "end".
         ends: where everything ended when it was asked for.
     """
@@ -71,38 +74,37 @@ class Entry:
 
     Arguments:
         definition: its patterns and filters, now and before.
+        move: where it began, or was moved to last.
         pins: where topics ended when patterns that mean them were added.
-        move: the last seek.
     """
 
     definition: Definition
+    move: Move
     pins: tuple[Ends, ...] = ()
-    move: Move | None = None
 
-    def pin(self, tp: TP) -> Ends | None:
-        """What applies to a partition of which nothing was ever committed."""
-        return next((ends for ends in self.pins if tp in ends.offsets), None)
+    def origin(self, tp: TP) -> Ends:
+        """Where a partition begins of which nothing was committed since the last move."""
+        later = [ends for ends in self.pins if tp in ends.offsets and ends.at > self.move.ends.at]
+        return later[0] if later else self.move.ends
 
     def pinned(self, ends: Ends) -> Entry:
-        """With the pins of topics that had none."""
-        fresh = {tp: offset for tp, offset in ends.offsets.items() if self.pin(tp) is None}
-        return replace(self, pins=(*self.pins, Ends(ends.at, fresh))) if fresh else self
+        """With the pins of topics that were added."""
+        return replace(self, pins=(*self.pins, ends)) if ends.offsets else self
 
     def to_json(self) -> dict[str, Any]:
-        move = self.move
         return {
             "definition": json.loads(self.definition.to_json()),
+            "move": [self.move.number, self.move.to, self.move.ends.to_json()],
             "pins": [ends.to_json() for ends in self.pins],
-            "move": None if move is None else [move.number, move.to, move.ends.to_json()],
         }
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Entry:
-        move = data["move"]
+        number, to, ends = data["move"]
         return cls(
             Definition.from_json(json.dumps(data["definition"]).encode()),
+            Move(int(number), to, Ends.from_json(ends)),
             tuple(Ends.from_json(ends) for ends in data["pins"]),
-            None if move is None else Move(int(move[0]), move[1], Ends.from_json(move[2])),
         )
 
 

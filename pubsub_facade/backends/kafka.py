@@ -12,6 +12,7 @@ import itertools
 import logging
 import time
 from collections.abc import AsyncIterator, Collection, Iterable, Sequence
+from dataclasses import replace
 from datetime import datetime
 from typing import Final
 
@@ -260,18 +261,23 @@ class KafkaBackend(Backend):
             return
         await topics.create_own(topics.registry_spec(self._names.registry))
         await topics.create_own(topics.retry_spec(retry))
-        ends = await self._ends(subscription.patterns)
+        ends = await self._ends(subscription.patterns, retry)
         await registry.refresh()  # after the ends: whoever declared meanwhile began no later than we do
 
         def change(before: Entry | None) -> Entry:
             if before is None:
-                return Entry(Definition.first(subscription, ends.at), (ends,))
+                move = Move(int(ends.at * 1000), "end", ends)
+                return Entry(Definition.first(subscription, ends.at), move)
             definition = before.definition.redeclared(subscription, ends.at)
             if definition is before.definition:
                 return before
             kept = PatternSet(before.definition.patterns)
-            added = {tp: at for tp, at in ends.offsets.items() if not kept.matches(self._topic_of(tp))}
-            return Entry(definition, before.pins, before.move).pinned(Ends(ends.at, added))
+            added = {
+                tp: offset
+                for tp, offset in ends.offsets.items()
+                if tp[0] != retry and not kept.matches(self._topic_of(tp))
+            }
+            return replace(before, definition=definition).pinned(Ends(ends.at, added))
 
         await registry.change(subscription.name, change)
         self._look()
@@ -296,23 +302,35 @@ class KafkaBackend(Backend):
         for receiver in [each for each in self._receivers if each.subscription.name == subscription]:
             receiver.fail(ConnectionLost(f"kafka: subscription {subscription!r} was deleted"))
             await receiver.close()
-        await self._delete_group(self._names.group(subscription))
+        await self._remove_topic(self._names.dead(subscription))
         self._dead.pop(subscription, None)
-        await shared.cluster.refresh(None)
-        own = (self._names.retry(subscription), self._names.dead(subscription))
-        await shared.topics.remove([name for name in own if name in shared.cluster.topics])
+        if await self._delete_group(subscription):
+            await self._remove_topic(self._names.retry(subscription))
 
-    async def _delete_group(self, group: str) -> None:
-        cluster = self._open.cluster
+    async def _remove_topic(self, name: str) -> None:
+        await self._open.cluster.refresh([name])
+        if name in self._open.cluster.topics:
+            await self._open.topics.remove([name])
+
+    async def _delete_group(self, subscription: str) -> bool:
+        """Delete the group once its members have left; False where somebody declares the name anew meanwhile.
+
+        The new subscription counts from its own declaration, whatever the group has committed before.
+        """
+        shared = self._open
+        group = self._names.group(subscription)
         for pause in backoff(self.settings.kafka.session_timeout + 5):
-            node = await cluster.coordinator(group)
-            response = await cluster.call(node, DeleteGroupsRequest([group]), GROUP)
+            node = await shared.cluster.coordinator(group)
+            response = await shared.cluster.call(node, DeleteGroupsRequest([group]), GROUP)
             code = response.results[0][1]
             if code in _NO_GROUP:
-                return
+                return True
             check_rights(code, f"group {group!r} (to delete it)")
             if code != _NOT_EMPTY:
-                cluster.coordinator_moved(group)
+                shared.cluster.coordinator_moved(group)
+            await shared.registry.refresh()
+            if shared.registry.entry(subscription) is not None:
+                return False
             await asyncio.sleep(pause)
         raise PubSubError(
             f"kafka: group {group!r} still has members: stop them, then delete the subscription"
@@ -383,7 +401,7 @@ class KafkaBackend(Backend):
             for fetched in fetching.answers(response, offsets):
                 record = None if fetched.code else next(iter(fetched.records), None)
                 if record is not None:
-                    timestamp = decode(record, own=self._names.parse(fetched.topic) is None).timestamp
+                    timestamp = decode(record, own=self._names.parse(fetched.tp[0]) is None).timestamp
                     found += [] if timestamp is None else [timestamp]
         return max(0.0, time.time() - min(found)) if found else None
 
@@ -413,10 +431,8 @@ class KafkaBackend(Backend):
             target = "end"
 
         def change(before: Entry | None) -> Entry:
-            before = before or entry
-            assert before is not None
-            number = 1 if before.move is None else before.move.number + 1
-            return Entry(before.definition, before.pins, Move(number, target, ends))
+            base = before or entry
+            return Entry(base.definition, Move(base.move.number + 1, target, ends))
 
         await shared.registry.change(subscription, change)
         self._look()
