@@ -61,10 +61,6 @@ class Form(ABC):
         return f"{self.space}${kind}.{name}"
 
     @abstractmethod
-    def cover(self, pattern: str) -> str:
-        """The narrowest pattern the broker can express that means all topics of ``pattern``."""
-
-    @abstractmethod
     def topic_lines(self, topic: str) -> str:
         """Encoded header lines of a SEND to a topic."""
 
@@ -140,10 +136,6 @@ class Classic(Form):
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
         self.jolokia = Jolokia.of(self.settings)
-
-    def cover(self, pattern: str) -> str:
-        words = pattern.split(".")
-        return ".".join([*words[: words.index("#")], "#"]) if "#" in words else pattern
 
     def destination(self, cover: str) -> str:
         """The topic, or wildcard over topics, that a cover means."""
@@ -278,7 +270,7 @@ class Durable(Classic):
                 await link.close()
 
     def _anchor(self, name: str, cover: str) -> str:
-        """A topic of the wildcard: a restarted broker finds a durable subscription only where it knows a topic of it."""
+        """A topic below the wildcard: a restarted broker forgets a subscription of which it knows no topic."""
         word = f"~{one_word(name)}"
         return self.destination(cover.replace("*", word).replace("#", word))
 
@@ -386,9 +378,6 @@ class Artemis(Form):
 
     competing = True
 
-    def cover(self, pattern: str) -> str:
-        return pattern
-
     def topic_lines(self, topic: str) -> str:
         return f"destination:{self.space}.{topic}\ndestination-type:MULTICAST\npersistent:true\n"
 
@@ -410,7 +399,8 @@ class Artemis(Form):
     def from_topics(self, cover: str, window: int, selector: str) -> dict[str, str]:
         headers = self._subscribe(f"{self.space}.{cover}", window)
         headers["subscription-type"] = "MULTICAST"
-        return {**headers, "selector": selector} if selector else headers
+        # Header values are text over STOMP: only with this prefix does Artemis compare them as numbers, too.
+        return {**headers, "selector": f"convert_string_expressions:{selector}"} if selector else headers
 
     def from_notices(self) -> dict[str, str]:
         return {"destination": self.notices, "subscription-type": "MULTICAST", "ack": "auto"}
@@ -498,12 +488,12 @@ class Artemis(Form):
         return [frame for frame in frames if FENCE not in frame[0]]
 
     async def count(self, session: Session, name: str, covers: Sequence[str]) -> Backlog:
-        held = handed_out = 0
+        """What is in flight is not told: the window is in bytes, so members hold more than they handed out."""
+        held = 0
         for queue in (*(self._line(name, cover) for cover in covers), self.queue("retry", name)):
             held += await self._manage(session, f"queue.{queue}", "getMessageCount")
-            handed_out += await self._manage(session, f"queue.{queue}", "getDeliveringCount")
         dead = await self._manage(session, f"queue.{self.queue('dead', name)}", "countMessages")
-        return Backlog(max(0, held - handed_out), handed_out, dead, None)
+        return Backlog(held, None, dead, None)
 
     async def _manage(self, session: Session, resource: str, operation: str, *arguments: object) -> Any:
         return await session.manage(resource, operation, *arguments, reply_to=f"{self.space}$reply")

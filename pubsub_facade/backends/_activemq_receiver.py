@@ -136,7 +136,7 @@ class ActivemqReceiver(Receiver):
 
     async def _attach_ephemeral(self) -> None:
         subscription, form = self.subscription, self._home.form
-        places = places_for(subscription.patterns, form.cover, ordered=subscription.ordered)
+        places = places_for(subscription.patterns, ordered=subscription.ordered)
         self._record = Record(Definition.first(subscription, 0), tuple(places))
         selector = "" if subscription.filter is None else Filter.parse(subscription.filter).to_jms(_rename)
         link = await self._link(None)

@@ -1,7 +1,7 @@
 """What ActiveMQ cannot remember of a subscription for us, as it is stored in a queue beside it. Pure.
 
 A subscription waits in *places*: durable subscriptions or queues on the broker, each of them fed by one
-cover, a pattern that the broker can express. Places are only ever added, because taking one away would
+cover, a pattern that the broker matches. Places are only ever added, because taking one away would
 take what waits in it. A topic may be in several; its owner is the first that covers it, and what comes
 from another place is its twin. So the same message is never accepted twice, whichever members know of
 which places, and no clock decides.
@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Final
 
 from pubsub_facade.errors import TopologyConflict
@@ -106,19 +107,32 @@ def _in_order(eras: Iterable[Era]) -> tuple[Era, ...]:
     return tuple(out)
 
 
-def places_for(patterns: Sequence[str], cover: Callable[[str], str], *, ordered: bool) -> list[str]:
+def cover_of(pattern: str) -> str:
+    """The narrowest pattern that both brokers match reliably and that means all topics of ``pattern``.
+
+    Classic has ``>`` at the end only. Artemis has ``#`` anywhere, but misses topics where a word, or a
+    wildcard, follows it (tried on 2.40: ``b.*.*.#.b`` did not get ``b.a.b.b``, ``#.#`` got nothing).
+    """
+    words = pattern.split(".")
+    if "#" not in words:
+        return pattern
+    first = words.index("#")
+    after = list(takewhile(lambda word: word in ("*", "#"), words[first:]))
+    return ".".join([*words[:first], *(word for word in after if word == "*"), "#"])
+
+
+def places_for(patterns: Sequence[str], *, ordered: bool) -> list[str]:
     """The covers of the places that a subscription to ``patterns`` needs.
 
     Arguments:
-        cover: a pattern -> the narrowest that the broker can express and that means all its topics.
         ordered: one place only, so that one line keeps the order over all topics.
     """
-    wanted = list(dict.fromkeys(cover(pattern) for pattern in patterns))
+    wanted = list(dict.fromkeys(map(cover_of, patterns)))
     needed = [
         each for each in wanted if not any(other != each and covers(other, each) for other in wanted)
     ] or wanted[:1]
     if len(needed) > (1 if ordered else MAX_PLACES):
-        return [cover(together(needed))]
+        return [cover_of(together(needed))]
     return needed
 
 

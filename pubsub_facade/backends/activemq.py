@@ -167,7 +167,7 @@ class ActivemqBackend(Backend):
     async def declare(self, subscription: Subscription) -> None:
         assert subscription.name is not None
         name, ordered = subscription.name, subscription.ordered
-        wanted = places_for(subscription.patterns, self.form.cover, ordered=ordered)
+        wanted = places_for(subscription.patterns, ordered=ordered)
         old, stored = await self._read(name)
         new = Record.declared(subscription, old, wanted)
         known = old.places if old is not None else ()
