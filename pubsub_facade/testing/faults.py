@@ -249,6 +249,8 @@ class Proxy:
             await asyncio.wait(pumps)
         except OSError:  # the broker is not there: to the client it looks as if it had just died
             pass
+        except asyncio.CancelledError:  # `stop`: asyncio's streams ask such a task for its error, and log what comes
+            pass
         finally:
             self._links.discard(link)
             link.close()
