@@ -8,15 +8,11 @@ What transactions aborted is not read.
 from __future__ import annotations
 
 import asyncio
-import struct
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from typing import Any, Final
 
 import aiokafka.errors as kafka_errors
-from aiokafka.consumer.fetcher import READ_COMMITTED, PartitionRecords
 from aiokafka.protocol.fetch import FetchRequest
-from aiokafka.record.memory_records import MemoryRecords
-from aiokafka.structs import TopicPartition
 
 from pubsub_facade.backends._kafka_cluster import (
     EARLIEST,
@@ -27,6 +23,7 @@ from pubsub_facade.backends._kafka_cluster import (
     by_topic,
     check_rights,
 )
+from pubsub_facade.backends._kafka_log import Records, following
 from pubsub_facade.backends._kafka_partition import Partition
 from pubsub_facade.backends._kafka_records import TP
 from pubsub_facade.errors import ConnectionLost, PubSubError
@@ -34,6 +31,7 @@ from pubsub_facade.errors import ConnectionLost, PubSubError
 FETCH_WAIT: Final = 1.0  # seconds a request waits at the broker for something to come
 FETCH_BYTES: Final = 8 << 20
 PARTITION_BYTES: Final = 512 << 10
+READ_COMMITTED: Final = 1
 MAX_EPOCH: Final = (1 << 31) - 2
 CROWDED: Final = 0.05  # seconds to wait for room, where some partitions have none and others are empty
 
@@ -52,30 +50,8 @@ class Fetched:
         data = rest[-1] or b""
         self.tp: TP = (topic, number)
         self.size = len(data)
-        self.following = _following(data, start)  # the offset behind what came
-        self.records: Any = PartitionRecords(
-            TopicPartition(topic, number),
-            MemoryRecords(data),
-            aborted,
-            start,
-            None,
-            None,
-            True,
-            READ_COMMITTED,
-        )
-
-
-def _following(data: bytes, start: int) -> int:
-    """The offset behind the last whole batch: base, length, magic and last delta are at fixed places."""
-    position, following = 0, start
-    while position + 27 <= len(data):
-        base, length = struct.unpack_from(">qi", data, position)
-        if position + 12 + length > len(data):
-            break
-        delta = struct.unpack_from(">i", data, position + 23)[0] if data[position + 16] >= 2 else 0
-        following = max(following, base + delta + 1)
-        position += 12 + length
-    return following
+        self.following = following(data, start)  # the offset behind what came
+        self.records = Records(data, aborted, start)
 
 
 def request(offsets: dict[TP, int], wait: float, size: int = PARTITION_BYTES) -> Any:

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from pubsub_facade.backends._kafka_log import Records
 from pubsub_facade.backends._kafka_records import TP
 from pubsub_facade.message import Delivery
 
@@ -111,7 +111,7 @@ class Partition:
         self.trial: int | None = None  # the offset that is being tried alone
         self.dirty = False
         self.held = False  # nothing is handed out: it is being given up
-        self._buffers: deque[tuple[Iterator[Any], int]] = deque()
+        self._buffers: deque[tuple[Records, int]] = deque()
         self._unread = 0
 
     # -- reading ----------------------------------------------------------------------------------
@@ -126,8 +126,8 @@ class Partition:
         """Whether something fetched is not handed out yet."""
         return bool(self._buffers)
 
-    def feed(self, records: Iterator[Any], size: int, fetch_from: int) -> None:
-        """Take what was fetched: an iterator with ``next_fetch_offset``, and its size in bytes."""
+    def feed(self, records: Records, size: int, fetch_from: int) -> None:
+        """Take what was fetched, its size in bytes, and where the next fetch begins."""
         self._buffers.append((records, size))
         self._unread += size
         self.fetch_from = fetch_from
@@ -150,7 +150,7 @@ class Partition:
                     self.dirty = True
                     continue
                 return record
-            self.position = max(self.position, records.next_fetch_offset)  # type: ignore[attr-defined]
+            self.position = max(self.position, records.next_fetch_offset)
             self._buffers.popleft()
             self._unread -= size
         return None
@@ -167,6 +167,10 @@ class Partition:
         if offset in self.counts:
             return self.counts[offset] or (self.guess if self.doubtful else 0)
         return self.guess if self.reached <= offset < self.doubtful else 0
+
+    def seen(self, offset: int) -> bool:
+        """Whether it may have been handed out before."""
+        return offset in self.counts or self.reached <= offset < self.doubtful
 
     def settle(self, offset: int) -> bool:
         """It needs no redelivery; False where it was not open."""
@@ -195,7 +199,8 @@ class Partition:
             window: deliveries that may be handed out before the next commit; 0: none, we leave.
         """
         mark = next(iter(self.open), self.position)
-        seen = {offset: self._handings(offset, delivery) for offset, delivery in self.open.items()}
+        count = self._handings if window else self._failures
+        seen = {offset: count(offset, delivery) for offset, delivery in self.open.items()}
         old = {offset: count for offset, count in self.counts.items() if offset >= self.position}
         reached = self.position
         if self.reached > self.position:  # not yet back to where our predecessor was
@@ -206,7 +211,15 @@ class Partition:
         return Progress(mark, self.moves, window, reached, seen)
 
     def _handings(self, offset: int, delivery: Delivery | None) -> int:
+        """How often it was handed to a handler, should we die now."""
         before = self.counts.get(offset, 0)
         if offset not in self.handed:
             return before
         return max(before + 1, delivery.attempt if self.ordered and delivery is not None else 0)
+
+    def _failures(self, offset: int, delivery: Delivery | None) -> int:
+        """The same where we leave in order: a handler that is still at work has killed nobody."""
+        before = self.counts.get(offset, 0)
+        if not self.ordered or delivery is None or offset not in self.handed:
+            return before
+        return max(before, delivery.attempt if delivery.delay else delivery.attempt - 1)

@@ -314,13 +314,13 @@ class KafkaReceiver(Receiver):
 
     def _delivery(self, partition: Partition, record: Any) -> Delivery:
         topic = partition.topic
-        envelope = decode(record, own=topic is None)
+        envelope = decode(record, partition.tp, own=topic is None)
         count = partition.count(record.offset) if partition.counts or partition.doubtful else 0
         return Delivery(
             self,
             (partition, record.offset),
             self.subscription.label,
-            topic or envelope.topic or record.topic,
+            topic or envelope.topic or partition.tp[0],
             record.value or b"",
             key=envelope.key,
             headers=envelope.headers,
@@ -328,7 +328,7 @@ class KafkaReceiver(Receiver):
             content_type=envelope.content_type,
             timestamp=envelope.timestamp,
             attempt=envelope.attempt + count,
-            redelivered=envelope.attempt + count > 1,
+            redelivered=count > 0 or partition.seen(record.offset),
             failure=envelope.failure,
         )
 
@@ -359,7 +359,7 @@ class KafkaReceiver(Receiver):
         while partition.waiting < WAITING and (record := partition.next()) is not None:
             partition.open[record.offset] = None
             partition.waiting += 1
-            due = decode(record, own=True).due
+            due = decode(record, partition.tp, own=True).due
             at = ready_at(partition.tp[1], record.timestamp / 1000, due)
             heapq.heappush(self._waiting, (at, next(self._sequence), partition, record, due))
         self._ripen(time.time())
@@ -428,7 +428,7 @@ class KafkaReceiver(Receiver):
     async def _trial(self, partition: Partition, record: Any) -> None:
         delivery = self._delivery(partition, record)
         if partition.topic is None:
-            pause = decode(record, own=True).due - time.time()
+            pause = decode(record, partition.tp, own=True).due - time.time()
             await asyncio.sleep(max(0.0, pause))
         while self._exclusive is partition and self._out and not partition.held:
             await self._a_moment()

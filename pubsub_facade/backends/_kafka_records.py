@@ -93,17 +93,18 @@ def again(record: Any) -> Outgoing:
     return Outgoing("", record.key, record.value, headers, int(time.time() * 1000))
 
 
-def decode(record: Any, *, own: bool) -> Envelope:
+def decode(record: Any, tp: TP, *, own: bool) -> Envelope:
     """What the headers say, with every field set.
 
     Arguments:
+        tp: where it was read.
         own: from a topic of our own, where the fields of copies are believed.
     """
     envelope = _decode_plain(record.headers) or _decode_all(record.headers, own=own)
     if not own and record.key is not None:
         envelope.key = record.key.decode("utf-8", "replace")
     if not envelope.id:
-        envelope.id = f"{record.topic}:{record.partition}:{record.offset}"
+        envelope.id = f"{tp[0]}:{tp[1]}:{record.offset}"
     if envelope.timestamp is None and record.timestamp >= 0:
         envelope.timestamp = record.timestamp / 1000
     return envelope
@@ -136,9 +137,9 @@ def _decode_all(headers: Sequence[tuple[str, bytes | None]], *, own: bool) -> En
     return envelope
 
 
-def dead_letter(record: Any, subscription: str) -> Message:
+def dead_letter(record: Any, tp: TP, subscription: str) -> Message:
     """A dead letter as a message with its failure."""
-    envelope = decode(record, own=True)
+    envelope = decode(record, tp, own=True)
     message = Message(envelope.topic, None, key=envelope.key, headers=envelope.headers, id=envelope.id)
     message.body = record.value
     message.content_type = envelope.content_type

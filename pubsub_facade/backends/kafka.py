@@ -399,9 +399,10 @@ class KafkaBackend(Backend):
             offsets = {tp: heads[tp] for tp in tps}
             response = await cluster.call(node, fetching.request(offsets, 0, HEAD_BYTES), READ)
             for fetched in fetching.answers(response, offsets):
-                record = None if fetched.code else next(iter(fetched.records), None)
+                own = self._names.parse(fetched.tp[0]) is None
+                record = None if fetched.code else next(fetched.records, None)
                 if record is not None:
-                    timestamp = decode(record, own=self._names.parse(fetched.tp[0]) is None).timestamp
+                    timestamp = decode(record, fetched.tp, own=own).timestamp
                     found += [] if timestamp is None else [timestamp]
         return max(0.0, time.time() - min(found)) if found else None
 
@@ -414,7 +415,7 @@ class KafkaBackend(Backend):
 
     async def dead(self, subscription: str) -> AsyncIterator[Message]:
         async for record in self._dead_letters(subscription).records():
-            yield dead_letter(record, subscription)
+            yield dead_letter(record, (self._names.dead(subscription), 0), subscription)
 
     async def discard(self, subscription: str, ids: Collection[str] | None) -> int:
         return await self._dead_letters(subscription).discard(ids)
