@@ -48,7 +48,7 @@ def pytest_configure(config: pytest.Config) -> None:
         name
     ) in known_backends():  # here, not within a test: rewriting asserts in deep recursion crashes Python 3.11
         backend_class(name)
-    config.addinivalue_line("markers", "conformance: a case of the conformance suite on a real broker")
+    config.addinivalue_line("markers", "conformance: a case of the conformance suite")
 
 
 def pytest_report_header() -> str:

@@ -14,6 +14,8 @@ import pytest
 from pubsub_facade import Settings
 from pubsub_facade.testing.conformance import Conformance, SendForeign, SettingsFactory
 
+pytestmark = pytest.mark.conformance
+
 
 class TestMemory(Conformance):
     @pytest.fixture
