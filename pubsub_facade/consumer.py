@@ -196,7 +196,11 @@ class Consumer:
             self._copier.cancel()
             await asyncio.wait([self._copier])
         for future in self._copied.values():
-            future.cancel()
+            if not future.done():
+                future.set_exception(
+                    Closed(f"{self._title} was left before the copy was stored: the message comes again")
+                )
+                future.exception()  # retrieved here: a handler's failure has nobody who waits
         if self._receiver is not None:
             await self._leave(self._receiver)
         return left

@@ -9,7 +9,16 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
-from pubsub_facade import AsyncPubSub, Backoff, ConnectionLost, Delivery, Message, Settings, TopologyConflict
+from pubsub_facade import (
+    AsyncPubSub,
+    Backoff,
+    Closed,
+    ConnectionLost,
+    Delivery,
+    Message,
+    Settings,
+    TopologyConflict,
+)
 from pubsub_facade.backends.memory import Hub
 from pubsub_facade.consumer import Consumer
 from pubsub_facade.testing.conformance import Inbox, nothing_more, receive, until
@@ -119,6 +128,22 @@ async def test_a_dead_letter_that_is_not_stored_is_kept_and_stored_later(
         (delivery,) = await receive(stream, 1, ack=False)
         await delivery.reject("bad")  # returns when the copy is stored
         assert await pubsub.dead_letters("s").count() == 1
+
+
+async def test_who_waits_for_a_copy_that_is_not_stored_in_time_is_told_so(
+    pubsub: AsyncPubSub, hub: Hub
+) -> None:
+    async with pubsub.subscribe("a", subscription="s") as stream:
+        for _ in range(100):
+            hub.fail("bury", RuntimeError("the broker is full"))
+        sent = await pubsub.publish("a", 1)
+        (delivery,) = await receive(stream, 1, ack=False)
+        rejecting = asyncio.create_task(delivery.reject("bad"))
+        await until(lambda: delivery.settled, "it is under way")
+    with pytest.raises(Closed, match="comes again"):
+        await asyncio.wait_for(rejecting, 5)
+    async with pubsub.subscribe("a", subscription="s") as stream:
+        assert [d.id for d in await receive(stream, 1)] == [sent.id]
 
 
 @pytest.mark.parametrize("operation", ["park", "bury"])
