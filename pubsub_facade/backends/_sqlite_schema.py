@@ -18,7 +18,7 @@ from pubsub_facade.settings import SqliteSettings
 
 APPLICATION_ID: Final = 0x70756273  # "pubs"
 VERSION: Final = 1
-OLDEST_SQLITE: Final = (3, 38, 0)  # json_each without an extension; UPDATE ... FROM; auto_vacuum is older
+OLDEST_SQLITE: Final = (3, 33, 0)  # UPDATE ... FROM
 
 READY, SUSPECT, PARKED, CLAIMED = range(4)
 """States of a delivery; a suspect is one that was in hand when a process died."""
@@ -204,6 +204,18 @@ def _prepare(connection: sqlite3.Connection, settings: SqliteSettings) -> None:
     if settings.max_size is not None:
         page = int(connection.execute("PRAGMA page_size").fetchone()[0])
         connection.execute(f"PRAGMA max_page_count = {max(1, settings.max_size // page)}")
+
+
+def _check_json(connection: sqlite3.Connection) -> None:
+    try:
+        connection.execute("SELECT count(*) FROM json_each('[]')").fetchone()
+    except sqlite3.OperationalError as error:
+        if "no such" not in str(error):
+            raise
+        raise ConfigError(
+            f"sqlite: this SQLite {sqlite3.sqlite_version} was built without its JSON functions: use a newer Python, "
+            "or another backend"
+        ) from error
 
 
 def _is_ours(connection: sqlite3.Connection, path: Path) -> bool:

@@ -67,6 +67,12 @@ class Store:
         row = self._execute(sql, parameters).fetchone()
         return None if row is None else row[0]
 
+    def added(self, sql: str, *parameters: Any) -> int:
+        """Insert a row; returns its number."""
+        number = self._execute(sql, parameters).lastrowid
+        assert number is not None
+        return number
+
     # -- transactions -----------------------------------------------------------------------------
 
     def begin(self) -> None:
@@ -314,8 +320,8 @@ class Store:
 
     def enter(self, token: str, pid: int, now: float) -> None:
         """Add this process; give back what members hold that nobody knows of any more."""
-        self.process = self.one(
-            "INSERT INTO processes (token, pid, seen) VALUES (?, ?, ?) RETURNING id",
+        self.process = self.added(
+            "INSERT INTO processes (token, pid, seen) VALUES (?, ?, ?)",
             token,
             pid,
             int(now * 1000),
@@ -361,9 +367,9 @@ class Store:
                 )
             id = route.id
         else:
-            id = self.one(
+            id = self.added(
                 "INSERT INTO subscriptions (line, namespace, name, patterns, filter, ordered, process, declared)"
-                " VALUES (?, ?, ?, ?, ?, ?, ?, ?) RETURNING id",
+                " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
                 self._new_line(),
                 self.namespace,
                 subscription.name,
@@ -375,7 +381,8 @@ class Store:
         return self.routes.by_id[id]
 
     def _new_line(self) -> int:
-        line: int = self.one("UPDATE state SET value = value + 1 WHERE name = 'line' RETURNING value")
+        self._execute("UPDATE state SET value = value + 1 WHERE name = 'line'")
+        line: int = self.one("SELECT value FROM state WHERE name = 'line'")
         return line
 
     def join(self, subscription: Subscription, process: int, now: float) -> tuple[int, Route]:
@@ -383,9 +390,7 @@ class Store:
         route = self.routes.by_name.get(subscription.name) if subscription.name is not None else None
         if route is None:
             route = self.declare(subscription, process, now)
-        member: int = self.one(
-            "INSERT INTO members (process, subscription) VALUES (?, ?) RETURNING id", process, route.id
-        )
+        member = self.added("INSERT INTO members (process, subscription) VALUES (?, ?)", process, route.id)
         self.changed()
         return member, self.routes.by_id[route.id]
 
@@ -415,45 +420,50 @@ class Store:
 
     def abandon(self, line: int) -> None:
         """Leave a line's deliveries to the upkeep, and let it look again at the messages they held."""
-        first = self.one(
-            "SELECT min(first) FROM (SELECT min(position) AS first FROM deliveries WHERE line = ? GROUP BY state)",
-            line,
-        )
-        if first is None:
-            return
-        self._execute("INSERT INTO dropped (line) VALUES (?)", (line,))
+        if self.one("SELECT 1 FROM deliveries WHERE line = ? LIMIT 1", line) is not None:
+            self._execute("INSERT INTO dropped (line) VALUES (?)", (line,))
 
-    def seek(self, name: str, since: float | None, now: float) -> None:
-        """Give a subscription the history it wants, from ``since`` on (None: none of it), and nothing else."""
+    def history(self, name: str, since: float, after: int = 0) -> tuple[list[int], int]:
+        """The positions of what a subscription would get again, and the last position looked at.
+
+        Arguments:
+            since: seconds since the epoch, by the publishers' clocks.
+            after: look at what comes after this position.
+        """
+        self.look()
+        route = self.routes.by_name.get(name)
+        chosen: list[int] = []
+        position = after
+        if route is None:
+            return chosen, position
+        only = Routes(0)
+        only.add(route)
+        message = Message("", None)
+        while rows := json.loads(self.one(_HISTORY, self.namespace, since, position)):
+            for position, topic, headers in rows:
+                message.topic = topic
+                message.headers = headers_of(headers)
+                if only.lines(message):
+                    chosen.append(position)
+        return chosen, position
+
+    def seek(self, name: str, positions: list[int], now: float) -> None:
+        """Give a subscription these messages again, as far as they are still there, and nothing else."""
         route = self.routes.by_name.get(name)
         if route is None:
             return
         self.touch(route.line)
-        self._execute("UPDATE subscriptions SET line = ? WHERE id = ?", (self._new_line(), route.id))
+        line = self._new_line()
+        self._execute("UPDATE subscriptions SET line = ? WHERE id = ?", (line, route.id))
         self.abandon(route.line)
-        self.changed()
-        if since is not None:
-            self._replay(self.routes.by_id[route.id], since, now)
-
-    def _replay(self, route: Route, since: float, now: float) -> None:
-        probe = Message("", None)
-        chosen: list[int] = []
-        only = Routes(0)
-        only.add(route)
-        position = 0
-        while rows := json.loads(self.one(_HISTORY, self.namespace, since, position)):
-            for position, topic, headers in rows:
-                probe.topic = topic
-                probe.headers = headers_of(headers)
-                if only.lines(probe):
-                    chosen.append(position)
         self._execute(
             "INSERT INTO deliveries (position, line, state, due, key, redelivered)"
             f" SELECT m.position, ?1, iif(m.due > ?2, {PARKED}, {READY}), iif(m.due > ?2, m.due, 0),"
             " iif(?3, m.key, NULL), 1"
             " FROM json_each(?4) j CROSS JOIN messages m ON m.position = j.value",
-            (route.line, now, route.ordered, dumps(chosen)),
+            (line, now, route.ordered, dumps(positions)),
         )
+        self.changed()
 
     # -- numbers ------------------------------------------------------------------------------------
 

@@ -195,8 +195,16 @@ class SqliteBackend(Backend):
             since = 0.0
         elif isinstance(to, datetime):
             since = to.timestamp() - MICROSECOND  # a datetime is rounded, a stored time is not
-        now = time.time()
-        await self._do(lambda store: store.seek(subscription, since, now))
+        positions: list[int] = []
+        last = 0
+        if since is not None:  # looked for before the transaction, which others wait for
+            positions, last = await self._ask(partial(Store.history, name=subscription, since=since))
+
+        def seek(store: Store) -> None:
+            meanwhile = [] if since is None else store.history(subscription, since, last)[0]
+            store.seek(subscription, positions + meanwhile, time.time())
+
+        await self._do(seek)
 
 
 class SqliteReceiver(Receiver):
