@@ -6,7 +6,13 @@ import functools
 
 import pytest
 
-from pubsub_facade.testing.conformance import Conformance, DropNamespace, SendForeign, SettingsFactory
+from pubsub_facade.testing.conformance import (
+    Conformance,
+    DropNamespace,
+    NamesOnBroker,
+    SendForeign,
+    SettingsFactory,
+)
 from tests.conftest import broker_settings
 from tests.integration import foreign
 
@@ -23,6 +29,10 @@ class TestRabbitmq(Conformance):
     def send_foreign(self) -> SendForeign:
         return foreign.to_rabbitmq
 
+    @pytest.fixture
+    def names_on_broker(self) -> NamesOnBroker:
+        return foreign.names_on_rabbitmq
+
 
 @pytest.mark.broker("kafka")
 class TestKafka(Conformance):
@@ -35,6 +45,10 @@ class TestKafka(Conformance):
     @pytest.fixture
     def send_foreign(self) -> SendForeign:
         return foreign.to_kafka
+
+    @pytest.fixture
+    def names_on_broker(self) -> NamesOnBroker:
+        return foreign.names_on_kafka
 
     @pytest.fixture
     def drop_namespace(self) -> DropNamespace:
@@ -51,6 +65,10 @@ class TestActivemqDurable(Conformance):
     def send_foreign(self) -> SendForeign:
         return foreign.to_activemq
 
+    @pytest.fixture
+    def names_on_broker(self) -> NamesOnBroker:
+        return foreign.names_on_activemq
+
 
 @pytest.mark.broker("activemq-virtual")
 class TestActivemqVirtual(Conformance):
@@ -62,6 +80,10 @@ class TestActivemqVirtual(Conformance):
     def send_foreign(self) -> SendForeign:
         return foreign.to_activemq
 
+    @pytest.fixture
+    def names_on_broker(self) -> NamesOnBroker:
+        return foreign.names_on_activemq
+
 
 @pytest.mark.broker("artemis")
 class TestArtemis(Conformance):
@@ -72,3 +94,7 @@ class TestArtemis(Conformance):
     @pytest.fixture
     def send_foreign(self) -> SendForeign:
         return foreign.to_activemq
+
+    @pytest.fixture
+    def names_on_broker(self) -> NamesOnBroker:
+        return foreign.names_on_activemq

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from pubsub_facade import Settings
-from pubsub_facade.testing.conformance import Conformance, SendForeign, SettingsFactory
+from pubsub_facade.backends.memory import Hub
+from pubsub_facade.testing.conformance import Conformance, NamesOnBroker, SendForeign, SettingsFactory
 
 pytestmark = pytest.mark.conformance
 
@@ -21,6 +22,13 @@ class TestMemory(Conformance):
     @pytest.fixture
     def backend_settings(self) -> SettingsFactory:
         return functools.partial(Settings.load, backend="memory")
+
+    @pytest.fixture
+    def names_on_broker(self) -> NamesOnBroker:
+        async def names(settings: Settings) -> set[str]:
+            return set(Hub.named("").namespaces[settings.namespace].queues)
+
+        return names
 
 
 class TestSqlite(Conformance):
@@ -42,3 +50,18 @@ class TestSqlite(Conformance):
                 )
 
         return send
+
+    @pytest.fixture
+    def names_on_broker(self) -> NamesOnBroker:
+        """Rows, by what they are for."""
+
+        async def names(settings: Settings) -> set[str]:
+            with closing(sqlite3.connect(settings.sqlite.path)) as connection:
+                found = {
+                    f"subscription {name}" for (name,) in connection.execute("SELECT name FROM subscriptions")
+                }
+                for table in ("deliveries", "dead", "dropped"):
+                    found |= {f"{table} {row}" for row in connection.execute(f"SELECT * FROM {table}")}
+                return found
+
+        return names

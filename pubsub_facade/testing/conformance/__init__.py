@@ -12,8 +12,9 @@
 
 That is all; it needs pytest-asyncio with ``asyncio_mode = "auto"``. The suite gives each case a namespace of
 its own, deletes what it declared, and asks the capabilities what to expect: what is false must be refused
-with UnsupportedFeature. Optional fixtures: ``send_foreign``, a raw client's publish (contract 17), and
-``drop_namespace``, which removes from the broker what no verb of the API removes.
+with UnsupportedFeature. Optional fixtures: ``send_foreign``, a raw client's publish (contract 17),
+``names_on_broker``, to see that deleting frees everything, and ``drop_namespace``, which removes from the broker
+what no verb of the API removes.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ from pubsub_facade.testing.conformance._suite import (
     Bench,
     DropNamespace,
     Inbox,
+    NamesOnBroker,
     SendForeign,
     SettingsFactory,
     Suite,
@@ -80,6 +82,7 @@ __all__ = [
     "Foreign",
     "Inbox",
     "Lifecycle",
+    "NamesOnBroker",
     "Ordering",
     "Patterns",
     "Payloads",

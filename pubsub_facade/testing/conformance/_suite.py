@@ -47,6 +47,9 @@ class SendForeign(Protocol):
     ) -> Awaitable[None]: ...
 
 
+NamesOnBroker = Callable[[Settings], Awaitable[set[str]]]
+"""What the broker holds for ``settings.namespace``, by the names it has there: queues, topics, groups, exchanges."""
+
 DropNamespace = Callable[[Settings], Awaitable[None]]
 """Remove what no verb of the API removes (topics, exchanges) of ``settings.namespace``."""
 
@@ -259,6 +262,11 @@ class Suite:
     @pytest.fixture
     def send_foreign(self) -> SendForeign | None:
         """Optional: a raw client's publish, for contract 17."""
+        return None
+
+    @pytest.fixture
+    def names_on_broker(self) -> NamesOnBroker | None:
+        """Optional: what is on the broker, to see that nothing of a deleted subscription is."""
         return None
 
     @pytest.fixture

@@ -8,7 +8,14 @@ import pytest
 
 from pubsub_facade.errors import ConfigError, FilterError, TopologyConflict
 from pubsub_facade.message import Message
-from pubsub_facade.testing.conformance._suite import Bench, Suite, eventually, nothing_more, receive
+from pubsub_facade.testing.conformance._suite import (
+    Bench,
+    NamesOnBroker,
+    Suite,
+    eventually,
+    nothing_more,
+    receive,
+)
 
 
 class Subscriptions(Suite):
@@ -116,6 +123,40 @@ class Subscriptions(Suite):
             now = await pubsub.publish("social.post", "now")
             assert [d.id for d in await receive(stream, 1)] == [now.id]
             await nothing_more(stream)
+
+    async def test_deleting_a_subscription_frees_everything_on_the_broker(
+        self, bench: Bench, names_on_broker: NamesOnBroker | None
+    ) -> None:
+        if names_on_broker is None:
+            pytest.skip("the fixture names_on_broker is not given")
+        pubsub, member, settings = bench.client(), bench.client(), bench.settings()
+        await pubsub.declare("social.#", subscription="another")
+        await pubsub.publish("social.post", "so that the topic is there")
+        await pubsub.delete("another")
+        before = await names_on_broker(settings)
+        names = {"analytics": False, "timeline": True}
+        for name, ordered in names.items():
+            async with member.subscribe("social.#", subscription=name, ordered=ordered) as stream:
+                await pubsub.publish_many(Message("social.post", n, key=str(n)) for n in range(4))
+                received = await receive(stream, 3, ack=False)
+                await received[0].retry(60)
+                await received[1].reject("dead")
+                await received[2].ack()
+        await member.close()
+        assert await names_on_broker(settings) != before, "the hook sees nothing of a subscription"
+        for name in names:
+            await pubsub.delete(name)
+        left: set[str] = set()
+
+        async def gone() -> bool:
+            left.clear()
+            left.update(await names_on_broker(settings) - before)
+            return not left
+
+        try:
+            await eventually(gone, "nothing of the subscriptions is left")
+        except AssertionError:
+            raise AssertionError(f"left on the broker: {sorted(left)}") from None
 
     async def test_deleting_what_is_not_there_is_no_error(self, bench: Bench) -> None:
         pubsub = bench.client()
