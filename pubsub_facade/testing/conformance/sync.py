@@ -13,6 +13,7 @@ import pytest
 from pubsub_facade.errors import Closed, MessageError, SendFailed, TopicError
 from pubsub_facade.message import Delivery, Message
 from pubsub_facade.testing.conformance._suite import DEADLINE, QUIET, SOON, Bench, Suite
+from pubsub_facade.testing.conformance.retry import ERRORS
 
 
 class Sync(Suite):
@@ -125,6 +126,23 @@ class Sync(Suite):
         assert sorted(got["sync"]) == [(n, False) for n in range(10)]  # type: ignore[type-var]
         assert sorted(got["async"]) == [(n, False) for n in range(10)]  # type: ignore[type-var]
         assert sorted(got["delivery"]) == [(n, True) for n in range(10)]  # type: ignore[type-var]
+
+    def test_whatever_a_sync_handler_raises_is_its_message_s_failure_only(self, bench: Bench) -> None:
+        pubsub = bench.sync_client()
+        seen: list[tuple[str, int]] = []
+
+        @pubsub.subscriber("social.#", subscription="analytics", concurrency=2, backoff=SOON)
+        def handle(payload: str, delivery: Delivery) -> None:
+            seen.append((payload, delivery.attempt))
+            if delivery.attempt == 1:
+                raise ERRORS[payload]
+
+        pubsub.start()
+        pubsub.publish_many(Message("social.post", kind) for kind in ERRORS)
+        end = time.monotonic() + DEADLINE
+        while len(seen) < 2 * len(ERRORS) and time.monotonic() < end:
+            time.sleep(0.01)
+        assert sorted(seen) == sorted((kind, attempt) for kind in ERRORS for attempt in (1, 2))
 
     def test_close_lets_sync_handlers_finish(self, bench: Bench) -> None:
         pubsub = bench.sync_client()
