@@ -59,7 +59,7 @@ CREATE TABLE deliveries (
     due REAL NOT NULL DEFAULT 0,       -- parked: not before
     owner INTEGER,                     -- claimed: by this member
     attempt INTEGER NOT NULL DEFAULT 1,
-    redelivered INTEGER NOT NULL DEFAULT 0,
+    redelivered INTEGER NOT NULL DEFAULT 0,  -- 1: handed out before, 2: by a process that died
     failure TEXT,                      -- JSON
     key TEXT,                          -- of ordered subscriptions only
     PRIMARY KEY (position, line)
@@ -88,7 +88,8 @@ CREATE TABLE processes (
 CREATE TABLE members (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
     process INTEGER NOT NULL,
-    subscription INTEGER NOT NULL
+    subscription INTEGER NOT NULL,
+    max_attempts INTEGER NOT NULL
 );
 CREATE TABLE dropped (                 -- their deliveries are deleted little by little
     line INTEGER PRIMARY KEY

@@ -327,7 +327,7 @@ class Store:
             int(now * 1000),
         )
         self._execute(
-            f"UPDATE deliveries SET state = {SUSPECT}, due = 0, owner = NULL, attempt = attempt + 1, redelivered = 1"
+            f"UPDATE deliveries SET state = {SUSPECT}, due = 0, owner = NULL, attempt = attempt + 1, redelivered = 2"
             f" WHERE state = {CLAIMED} AND line IN (SELECT line FROM subscriptions)"
             " AND owner NOT IN (SELECT id FROM members)"
         )
@@ -390,7 +390,12 @@ class Store:
         route = self.routes.by_name.get(subscription.name) if subscription.name is not None else None
         if route is None:
             route = self.declare(subscription, process, now)
-        member = self.added("INSERT INTO members (process, subscription) VALUES (?, ?)", process, route.id)
+        member = self.added(
+            "INSERT INTO members (process, subscription, max_attempts) VALUES (?, ?, ?)",
+            process,
+            route.id,
+            subscription.max_attempts,
+        )
         self.changed()
         return member, self.routes.by_id[route.id]
 

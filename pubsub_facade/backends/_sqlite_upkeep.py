@@ -259,7 +259,11 @@ SELECT (SELECT json_group_array(json_array(id, token, seen)) FROM processes),
     EXISTS (SELECT 1 FROM inbox WHERE namespace = ?1), EXISTS (SELECT 1 FROM dropped),
     (SELECT stored FROM messages WHERE position >= ?2 ORDER BY position LIMIT 1)"""
 
+# Nobody knows which of several killed their process. So this alone does not take a delivery above max_attempts, where
+# it would become a dead letter unhandled: that takes a second death, as the one suspect that its member held.
 _FREE: Final = f"""
-UPDATE deliveries SET state = {SUSPECT}, due = 0, owner = NULL, attempt = attempt + 1, redelivered = 1
+UPDATE deliveries SET state = {SUSPECT}, due = 0, owner = NULL, redelivered = 2, attempt = iif(redelivered = 2,
+    attempt + 1,
+    max(attempt, min(attempt + 1, (SELECT max_attempts FROM members WHERE id = deliveries.owner))))
 WHERE state = {CLAIMED} AND owner IN (SELECT id FROM members WHERE process = ?1)
 AND line IN (SELECT s.line FROM members m JOIN subscriptions s ON s.id = m.subscription WHERE m.process = ?1)"""
