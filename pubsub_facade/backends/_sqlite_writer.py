@@ -41,6 +41,7 @@ log = logging.getLogger("pubsub_facade")
 LARGEST: Final = 64  # operations in one transaction
 PATIENCE: Final = 0.005  # s between tries for another process's lock, at most
 LAST: Final = 2.0  # s that the thread has to end
+IDLE: Final = 10.0  # s between looks whether the loop is still there, once the file cannot be used
 
 
 @dataclass(slots=True)
@@ -82,6 +83,7 @@ class Writer:
         self._upkeep: Upkeep | None = None
         self._next_upkeep = 0.0
         self._stopping = False
+        self._abandoned = False  # nobody will call `stop`
         self._broken: PubSubError | None = None
         self._opened: asyncio.Future[None] = self._loop.create_future()
         self._ended: asyncio.Future[None] = self._loop.create_future()
@@ -90,9 +92,15 @@ class Writer:
 
     async def open(self) -> None:
         """Open the file and enter this process. Raises ConfigError or ConnectionFailed."""
-        _writers.add(self)
+        with _forking:
+            _writers.add(self)
         self.thread.start()
-        await self._opened
+        try:
+            await self._opened
+        except asyncio.CancelledError:
+            self._abandoned = True
+            self._queue.put(None)
+            raise
 
     def submit(self, operation: Operation) -> None:
         """Have it done; on the loop."""
@@ -157,7 +165,7 @@ class Writer:
                 self._post(self._finish, outcome)
         with self.guard:
             self._disconnect()
-            if not ended:  # nobody will close us: let the others see that nobody is here
+            if self._abandoned or not ended:  # let the others see that nobody is here
                 self.pipes.forget_descriptors()
         self._post(_resolve, self._ended, None)
 
@@ -172,8 +180,8 @@ class Writer:
         operations: list[Operation] = []
         get = self._queue.get
         try:
-            pause = None if self._broken is not None else max(0.0, self._next_upkeep - time.monotonic())
-            operation = get(timeout=pause)
+            pause = IDLE if self._broken is not None else self._next_upkeep - time.monotonic()
+            operation = get(timeout=max(0.0, pause))
             while operation is not None:
                 operations.append(operation)
                 if len(operations) >= LARGEST:
@@ -409,8 +417,8 @@ class Writer:
         if durable != self._durable and self._sqlite.synchronous == "full":
             store.connection.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
             self._durable = durable
-        self._patiently(store.begin)
         try:
+            self._patiently(store.begin)
             work()
             if durable:
                 self._check_identity()

@@ -241,6 +241,7 @@ class SqliteReceiver(Receiver):
         self._gather: asyncio.TimerHandle | None = None
         self._due: asyncio.TimerHandle | None = None
         self._retry: asyncio.TimerHandle | None = None
+        self._refused = False  # the last turn was, and the log has told
         self._error: PubSubError | None = None
         self._closed = False
 
@@ -316,7 +317,6 @@ class SqliteReceiver(Receiver):
         if self._due is not None and room:
             self._due.cancel()
             self._due = None
-
         calls = self._calls
 
         def done(result: Any) -> None:
@@ -344,11 +344,13 @@ class SqliteReceiver(Receiver):
         if self._error is not None or self._closed:
             return
         if isinstance(result, PubSubError):
-            log.error("%s", result)
+            log.log(logging.DEBUG if self._refused else logging.ERROR, "%s", result)
+            self._refused = True
             self._acks[:0], self._releases[:0] = acks, releases
             self._turning = True
             self._retry = self._loop.call_later(RETRY, self._again)
             return
+        self._refused = False
         self._take(result)
 
     def _again(self) -> None:
@@ -363,6 +365,8 @@ class SqliteReceiver(Receiver):
         if claimed.line != self.line:  # it was moved in its history: what is in hand comes again
             self.line = claimed.line
             self._out.clear()
+            self._acks.clear()
+            self._releases.clear()
             self._bytes = 0
             self._suspect = None
         if claimed.claim is not None:

@@ -361,6 +361,38 @@ def test_nothing_a_forked_child_publishes_is_lost_when_its_parent_closes_the_fil
         again.close()
 
 
+async def test_a_client_given_up_while_it_connects_leaves_nobody_behind(path: Path) -> None:
+    async with client(path, lease=600) as other:
+        await other.ping()
+        with shell(path) as sql:
+            sql.execute("BEGIN IMMEDIATE")
+            hasty = AsyncPubSub(settings_for(path))
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(hasty.ping(), 0.2)
+            await hasty.close(0)
+            sql.execute("ROLLBACK")
+            await until(
+                lambda: (
+                    [w._sqlite.path for w in _writers() if w.thread.is_alive()].count(path) == 1
+                    and sql.execute("SELECT count(*) FROM processes").fetchone() == (1,)
+                ),
+                "only the other is there",
+            )
+
+
+async def test_a_late_ack_from_before_a_seek_settles_nothing_after_it(path: Path) -> None:
+    async with client(path) as pubsub, pubsub.subscribe("social.#", subscription="analytics") as stream:
+        await pubsub.publish("social.post", "twice")
+        late = await stream.receive(DEADLINE)
+        await pubsub.seek("analytics", "beginning")
+        again = await stream.receive(DEADLINE)
+        await late.ack()
+        backlog = await pubsub.backlog("analytics")
+        assert backlog.in_flight == 1
+        await again.ack()
+        assert (await pubsub.backlog("analytics")).in_flight == 0
+
+
 # -- the file -----------------------------------------------------------------------------------------
 
 
