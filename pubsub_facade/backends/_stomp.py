@@ -31,6 +31,7 @@ Frame = tuple[dict[str, str], bytes]
 CLOSE_TIMEOUT: Final = 2.0  # s to say goodbye
 MAX_BUFFER: Final = 1 << 20  # bytes written and not on their way: `drain` waits above it
 
+_BETWEEN: Final = frozenset(b"\r\n\0")  # what may stand between frames
 _ESCAPED: Final = re.compile(r"\\.")
 _UNESCAPES: Final = {"\\c": ":", "\\n": "\n", "\\r": "\r", "\\\\": "\\"}
 _BUSY: Final = "already connected from"
@@ -75,8 +76,11 @@ def ack_frames(ids: Iterable[str]) -> bytes:
     return "".join([f"ACK\nid:{escape(id)}\n\n\0" for id in ids]).encode()
 
 
-def _unescape(match: re.Match[str]) -> str:
-    return _UNESCAPES.get(match[0], match[0])
+def unescape(text: str) -> str:
+    """What `escape` was given; sequences that STOMP 1.2 does not know stay as they are."""
+    if "\\\\" in text:
+        return _ESCAPED.sub(lambda match: _UNESCAPES.get(match[0], match[0]), text)
+    return text.replace("\\c", ":").replace("\\n", "\n").replace("\\r", "\r")
 
 
 def _headers(lines: list[str]) -> dict[str, str]:
@@ -85,8 +89,9 @@ def _headers(lines: list[str]) -> dict[str, str]:
     for line in reversed(lines):
         name, _, value = line.partition(":")
         if "\\" in line:
-            name, value = _ESCAPED.sub(_unescape, name), _ESCAPED.sub(_unescape, value)
-        headers[name] = value
+            headers[unescape(name)] = unescape(value)
+        else:
+            headers[name] = value
     return headers
 
 
@@ -105,20 +110,22 @@ class Parser:
 
     def feed(self, data: bytes) -> list[tuple[str, dict[str, str], bytes]]:
         """Add ``data``; returns the frames that are complete now: command, headers, body."""
-        buffer = self._buffer
-        buffer += data
-        if len(buffer) < self._needed:
-            return []
+        if self._buffer or self._needed > 1:
+            self._buffer += data
+            if len(self._buffer) < self._needed:
+                return []
+            data = bytes(self._buffer)
+            self._buffer.clear()
         frames: list[tuple[str, dict[str, str], bytes]] = []
-        start, end = 0, len(buffer)
+        start, end = 0, len(data)
         self._needed = 1
         while True:
-            while start < end and buffer[start] in b"\r\n\0":
+            while start < end and data[start] in _BETWEEN:
                 start += 1
-            head = buffer.find(b"\n\n", start)
+            head = data.find(b"\n\n", start)
             if head < 0:
                 break
-            command, *lines = buffer[start:head].decode("utf-8", "replace").split("\n")
+            command, *lines = data[start:head].decode("utf-8", "replace").split("\n")
             headers = _headers(lines)
             body = head + 2
             length = headers.get("content-length")
@@ -128,12 +135,13 @@ class Parser:
                     self._needed = stop + 1 - start
                     break
             else:
-                stop = buffer.find(b"\0", body)
+                stop = data.find(b"\0", body)
                 if stop < 0:
                     break
-            frames.append((command, headers, bytes(buffer[body:stop])))
+            frames.append((command, headers, data[body:stop]))
             start = stop + 1
-        del buffer[:start]
+        if start < end:
+            self._buffer += data[start:]
         return frames
 
 
