@@ -299,3 +299,29 @@ async def test_an_async_engine_writes_and_relays(
     async with engine.begin() as connection:
         await connection.run_sync(metadata.drop_all)
     await engine.dispose()
+
+
+async def test_a_claim_reads_the_head_of_a_long_line_only(
+    database_url: Callable[[str], str], pubsub_hub: TestHub
+) -> None:
+    desk = Desk(database_url("postgresql"), pubsub_hub)
+    name = desk.outbox.table.name
+    with desk.engine.begin() as connection:
+        connection.exec_driver_sql(
+            f"INSERT INTO {name} (shard, state, attempts, created, due, message_id, topic, headers, body, error) "
+            "SELECT (g * 7) %% 32, 0, 0, 0, 0, 'm' || g, 'a', '', '', '' FROM generate_series(1, 50000) g"
+        )
+    store = desk.outbox.store(desk.engine)
+    await store.open()
+    lane = store.lane()
+    assert len(await lane.claim(100)) == 100
+    ((read,),) = await lane._link.call(  # type: ignore[attr-defined]
+        lambda session: session.query(
+            "SELECT seq_tup_read + idx_tup_fetch FROM pg_stat_xact_user_tables WHERE relname = %s", (name,)
+        )
+    )
+    assert read < 2000
+    await lane.close()
+    await store.close()
+    desk.metadata.drop_all(desk.engine)
+    desk.engine.dispose()
