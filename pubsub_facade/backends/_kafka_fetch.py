@@ -189,6 +189,7 @@ class Fetcher:
         self._came = came
         self._fail = fail
         self._partitions: list[Partition] = []
+        self._version = -1  # of the cluster's metadata, when there was last a task for each leader
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._sessions: dict[int, Session] = {}
         self._room = asyncio.Event()
@@ -219,6 +220,7 @@ class Fetcher:
 
     def _start(self) -> None:
         loop = asyncio.get_running_loop()
+        self._version = self._cluster.version
         for node in {self._cluster.leader(partition.tp) for partition in self._partitions}:
             if node not in self._tasks:
                 self._tasks[node] = loop.create_task(self._run(node), name=f"pubsub-kafka-fetch-{node}")
@@ -226,6 +228,8 @@ class Fetcher:
     async def _run(self, node: int) -> None:
         try:
             while True:
+                if self._version != self._cluster.version:  # somebody else learned of other leaders
+                    self._start()
                 mine = [part for part in self._partitions if self._cluster.leader(part.tp) == node]
                 if not mine:
                     del self._tasks[node]  # its leaders have moved
