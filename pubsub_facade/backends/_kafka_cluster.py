@@ -30,11 +30,13 @@ Link = tuple[str, int]
 """A connection to each broker for one purpose: Kafka answers the requests of a connection one after another."""
 
 CONTROL: Final[Link] = ("control", 0)
+ADMIN: Final[Link] = ("admin", 0)
 GROUP: Final[Link] = ("group", 0)
 PRODUCE: Final[Link] = ("produce", 0)
 READ: Final[Link] = ("read", 0)
 
 REQUEST_TIMEOUT: Final = 10.0  # seconds for an answer, where nothing else is said
+ADMIN_TIMEOUT: Final = 30.0  # seconds for topics to be made or deleted
 IDLE: Final = 540_000  # ms; brokers close idle connections after 600,000
 EARLIEST: Final = -2
 LATEST: Final = -1
@@ -63,7 +65,7 @@ class Cluster:
         self.version = 0  # counts changes of `topics`
         self._settings = settings
         self._connect_timeout = connect_timeout
-        self._slow = slow
+        self._slow = {"admin": ADMIN_TIMEOUT + 10, **slow}
         self._tls = _context(settings) if settings.tls.wanted else None
         self._bootstrap = [host_port(server, 9092) for server in settings.bootstrap_servers]
         self._brokers: dict[int, tuple[str, int]] = {}
@@ -131,12 +133,12 @@ class Cluster:
         except kafka_errors.KafkaError as error:
             raise ConnectionLost(f"kafka: {self._name(node)}: {_why(error)}") from error
 
-    async def call_any(self, request: Any) -> Any:
-        """One round trip to whichever broker answers first asked. Raises ConnectionLost where none does."""
+    async def call_any(self, request: Any, link: Link = CONTROL) -> Any:
+        """One round trip to the first broker that answers. Raises ConnectionLost where none does."""
         error: ConnectionLost | None = None
         for node in self._nodes():
             try:
-                return await self.call(node, request)
+                return await self.call(node, request, link)
             except ConnectionLost as raised:
                 error = raised
         raise error or ConnectionLost(f"kafka: no broker of {self} is known")
@@ -144,8 +146,8 @@ class Cluster:
     async def call_controller(self, request: Any) -> Any:
         """One round trip to the controller, or to a broker that passes the request on."""
         if self._controller in self._brokers:
-            return await self.call(self._controller, request)
-        return await self.call_any(request)
+            return await self.call(self._controller, request, ADMIN)
+        return await self.call_any(request, ADMIN)
 
     async def coordinator(self, group: str) -> int:
         """The broker that keeps a consumer group; asked for again after `coordinator_moved`."""
@@ -229,15 +231,18 @@ class Cluster:
 
     # -- metadata ---------------------------------------------------------------------------------
 
-    async def refresh(self, names: Collection[str] | None) -> None:
+    async def refresh(self, names: Collection[str] | None, age: float = 0.0) -> None:
         """Learn the brokers, and the leaders of these Kafka topics (None: of all).
 
         Topics that are not there are not created. Raises ConnectionLost where no broker answers.
+
+        Arguments:
+            age: seconds that what is known of all topics may be old.
         """
-        asked = time.monotonic()
+        asked = time.monotonic() - age
         async with self._refreshing:
             if self._refreshed > asked:
-                return  # whoever held the lock has asked for all topics meanwhile
+                return  # somebody has asked for all topics meanwhile
             began = time.monotonic()
             request = MetadataRequest(None if names is None else list(names), False)
             try:

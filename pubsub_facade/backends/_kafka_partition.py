@@ -81,6 +81,7 @@ class Partition:
         "guess",
         "handed",
         "held",
+        "marked",
         "moves",
         "open",
         "ordered",
@@ -109,6 +110,7 @@ class Partition:
         self.handed: set[int] = set()  # of these: in a handler's hands
         self.waiting = 0  # read, and waiting in the member for its time
         self.trial: int | None = None  # the offset that is being tried alone
+        self.marked = False  # a commit says that we may hand out; nothing is handed out before
         self.dirty = False
         self.held = False  # nothing is handed out: it is being given up
         self._buffers: deque[tuple[Records, int]] = deque()
@@ -181,9 +183,16 @@ class Partition:
         self.dirty = True
         return True
 
+    @property
+    def in_hand(self) -> bool:
+        """Whether a handler is at work on one of its messages; one that is held for a later attempt is not."""
+        return any(
+            (delivery := self.open.get(offset)) is not None and not delivery.delay for offset in self.handed
+        )
+
     def forget(self) -> int:
-        """Nothing here is ours any more: settling does nothing from now on. Returns how many were open."""
-        count = len(self.open)
+        """Nothing here is ours any more: settling does nothing from now on. Returns how many were handed out."""
+        count = sum(delivery is not None for delivery in self.open.values())
         self.open.clear()
         self.handed.clear()
         self.held = True

@@ -9,7 +9,6 @@ before its copy is stored, and no commit covers what is not settled.
 from __future__ import annotations
 
 import asyncio
-import heapq
 import itertools
 import logging
 import time
@@ -27,9 +26,9 @@ from pubsub_facade.backends._kafka_names import Names
 from pubsub_facade.backends._kafka_partition import Partition, Progress
 from pubsub_facade.backends._kafka_pins import places
 from pubsub_facade.backends._kafka_producer import Producer
-from pubsub_facade.backends._kafka_records import TP, Outgoing, again, decode, encode_dead, encode_retry
+from pubsub_facade.backends._kafka_records import TP, afresh, decode, encode_dead, encode_retry
 from pubsub_facade.backends._kafka_registry import Entry, Registry
-from pubsub_facade.backends._kafka_retry import SLACK, place, ready_at
+from pubsub_facade.backends._kafka_shelf import Shelf
 from pubsub_facade.backends._kafka_topics import Topics
 from pubsub_facade.backends.base import Receiver
 from pubsub_facade.errors import ConnectionLost, PubSubError
@@ -42,7 +41,6 @@ log = logging.getLogger("pubsub_facade")
 COMMIT_EVERY: Final = 0.15  # seconds
 COMMIT_TIMEOUT: Final = 5.0
 NUDGE: Final = 0.001  # seconds until a little room in the window is filled
-WAITING: Final = 500  # retries of one partition that wait in memory
 PURGE_EVERY: Final = 1000  # retries handled until their records are deleted
 SUSPECT: Final = 2  # handings without an end, from which on a message is tried with nothing beside it
 
@@ -87,11 +85,8 @@ class KafkaReceiver(Receiver):
         self._partitions: dict[TP, Partition] = {}
         self._stock: deque[Partition] = deque()  # with something fetched and not handed out
         self._ready: deque[tuple[Partition, Delivery]] = deque()  # given back, due, or to be tried
-        self._waiting: list[
-            tuple[float, int, Partition, Any, float]
-        ] = []  # a heap: when, -, whose, what, due
-        self._hops: list[tuple[Partition, Any, float]] = []
-        self._sequence = itertools.count()
+        self._shelf = Shelf(shared.cluster, shared.producer, shared.names.retry(subscription.label))
+        self._unmarked: list[Partition] = []
         self._out = 0  # handed out and not settled
         self._exclusive: Partition | None = None
         self._waiter: asyncio.Future[None] | None = None
@@ -100,10 +95,10 @@ class KafkaReceiver(Receiver):
         self._settled = asyncio.Event()
         self._gone: PubSubError | None = None
         self._closed = False
+        self._seen: object = None  # what `look` saw last
         self._joined: dict[str, int] = {}  # Kafka topic -> partitions, as we last joined
         self._moves = 1 << 62  # the move that was obeyed when last joined; nothing to obey before that
-        self._definition = Definition.first(subscription, 0.0)
-        self._filtered = False
+        self._define(Definition.first(subscription, 0.0))
         number = next(shared.numbers)
         self._fetcher = Fetcher(shared.cluster, ("fetch", number), self._came, self.fail)
         self._group: Membership | None = None
@@ -123,6 +118,7 @@ class KafkaReceiver(Receiver):
         """Join, or for an ephemeral subscription: from its return on, nothing published is missed."""
         self._entry()
         if self._group is not None:
+            await self._shared.cluster.refresh(None, age=1.0)
             self._group.start()
             return
         await self._shared.cluster.refresh(None)
@@ -137,17 +133,18 @@ class KafkaReceiver(Receiver):
         """What the registry says of us, and take it in."""
         name = self.subscription.name
         entry = None if name is None else self._shared.registry.entry(name)
-        if entry is not None:
-            self._definition = entry.definition
-        definition = self._definition
-        self._filtered = len(definition.eras) > 1 or definition.current.filter is not None
+        if entry is not None and entry.definition != self._definition:
+            self._define(entry.definition)
         return entry
+
+    def _define(self, definition: Definition) -> None:
+        self._definition = definition
+        self._patterns = PatternSet(definition.patterns)
+        self._filtered = len(definition.eras) > 1 or definition.current.filter is not None
 
     def _wanted(self) -> dict[str, str | None]:
         """Kafka topic -> topic, of what we read; None for our own retries."""
-        wanted: dict[str, str | None] = dict(
-            self._shared.topics.matching(PatternSet(self._definition.patterns))
-        )
+        wanted: dict[str, str | None] = dict(self._shared.topics.matching(self._patterns))
         if self.subscription.name is not None:
             wanted[self._shared.names.retry(self.subscription.name)] = None
         return wanted
@@ -162,6 +159,10 @@ class KafkaReceiver(Receiver):
         if self._closed or self._gone is not None:
             return
         entry = self._entry()
+        seen = (self._shared.cluster.version, entry, len(self._shared.registry.aliases))
+        if seen == self._seen:
+            return
+        self._seen = seen
         topics = self._shared.cluster.topics
         wanted = {name: len(topics[name]) for name in self._wanted() if name in topics}
         if self._group is None:
@@ -176,7 +177,7 @@ class KafkaReceiver(Receiver):
         """Without a group: topics that are new are ours from their beginning, those gone are forgotten."""
         starts = {tp: Progress(0) for tp in self._tps()}
         for tp in self._partitions.keys() - starts.keys():
-            self._out -= _given(self._partitions.pop(tp))
+            self._out -= self._partitions.pop(tp).forget()
         self._hold({tp: start for tp, start in starts.items() if tp not in self._partitions})
 
     # -- Owner: what the membership tells ---------------------------------------------------------
@@ -192,9 +193,7 @@ class KafkaReceiver(Receiver):
         retry = self._shared.names.retry(self.subscription.label)
         starts = await places(self._shared.cluster, self._group.group, retry, tps, entry)
         self._moves = entry.move.number
-        partitions = self._make(starts)
-        await self._commit(partitions.values())
-        self._hold(starts, partitions)
+        self._hold(starts)
 
     async def revoke(self) -> None:
         for partition in self._partitions.values():
@@ -211,8 +210,7 @@ class KafkaReceiver(Receiver):
         self._partitions.clear()
         self._stock.clear()
         self._ready.clear()
-        self._waiting.clear()
-        self._hops.clear()
+        self._shelf.clear()
         self._out = 0
         self._exclusive = None
 
@@ -225,7 +223,7 @@ class KafkaReceiver(Receiver):
     async def _until_idle(self, limit: float) -> None:
         """Wait until no handler has a message in hand; those held back for a later attempt do not count."""
         end = self._loop.time() + limit
-        while any(map(_in_hand, self._partitions.values())) and self._loop.time() < end:
+        while any(part.in_hand for part in self._partitions.values()) and self._loop.time() < end:
             await self._a_moment()
 
     def _make(self, starts: dict[TP, Progress]) -> dict[TP, Partition]:
@@ -236,8 +234,8 @@ class KafkaReceiver(Receiver):
             tp: Partition(tp, names.get(tp[0]), start, guess, ordered=ordered) for tp, start in starts.items()
         }
 
-    def _hold(self, starts: dict[TP, Progress], partitions: dict[TP, Partition] | None = None) -> None:
-        self._partitions.update(self._make(starts) if partitions is None else partitions)
+    def _hold(self, starts: dict[TP, Progress]) -> None:
+        self._partitions.update(self._make(starts))
         self._fetcher.assign(self._partitions.values())
 
     # -- handing out ------------------------------------------------------------------------------
@@ -253,15 +251,15 @@ class KafkaReceiver(Receiver):
                 self._commit_soon()
                 return deliveries
             self._waiter = self._loop.create_future()
-            if self._waiting:
-                self._arm("due", max(0.0, self._waiting[0][0] - time.time()), self._wake)
+            if (at := self._shelf.next_at) is not None:
+                self._arm("due", max(0.0, at - time.time()), self._wake)
             try:
                 await self._waiter
             finally:
                 self._waiter = None
 
     def _take(self) -> list[Delivery]:
-        if self._waiting:
+        if self._shelf.next_at is not None:
             self._ripen(time.time())
         out: list[Delivery] = []
         room = self._window - self._out
@@ -292,10 +290,14 @@ class KafkaReceiver(Receiver):
         """Hand out from one partition; it goes to the end of the line of those with something left."""
         if partition.held:
             return
-        if partition.topic is None:
-            self._shelve(partition)
-        elif partition.cautious:
+        if not partition.marked and self._group is not None:
+            self._mark(partition)
+            return
+        if partition.cautious:
             self._try(partition)
+        elif partition.topic is None:
+            self._shelf.fill(partition)
+            self._ripen(time.time())
         else:
             accepts = self._definition.accepts if self._filtered else None
             topic = partition.topic
@@ -351,62 +353,24 @@ class KafkaReceiver(Receiver):
 
     # -- retries: a line by time ------------------------------------------------------------------
 
-    def _shelve(self, partition: Partition) -> None:
-        """What was read of the retry topic goes in line by the time at which it leaves."""
-        if partition.cautious:
-            self._try(partition)
-            return
-        while partition.waiting < WAITING and (record := partition.next()) is not None:
-            partition.open[record.offset] = None
-            partition.waiting += 1
-            due = decode(record, partition.tp, own=True).due
-            at = ready_at(partition.tp[1], record.timestamp / 1000, due)
-            heapq.heappush(self._waiting, (at, next(self._sequence), partition, record, due))
-        self._ripen(time.time())
-
     def _ripen(self, now: float) -> None:
         """What has waited long enough is handed out, or goes where the rest of its delay is waited for."""
-        waiting = self._waiting
-        hopping = bool(self._hops)
-        while waiting and waiting[0][0] <= now:
-            _, _, partition, record, due = heapq.heappop(waiting)
-            partition.waiting -= 1
+        moving = self._shelf.moving
+        for partition, record in self._shelf.ripe(now):
+            self._ready.append((partition, self._delivery(partition, record)))
             if partition.unread and partition not in self._stock:
                 self._stock.append(partition)
-            if due - now > SLACK:
-                self._hops.append((partition, record, due))
-            else:
-                self._ready.append((partition, self._delivery(partition, record)))
-        if self._hops and not hopping:
-            self._spawn(self._hop())
+        if self._shelf.moving and not moving:
+            self._spawn(self._move_on())
 
-    async def _hop(self) -> None:
+    async def _move_on(self) -> None:
         await asyncio.sleep(0)  # all that is due in this turn goes together
-        hops, self._hops = self._hops, []
-        now = time.time()
         try:
-            await self._store_retries((again(record), due, now) for _, record, due in hops)
+            await self._shelf.move_on()
         except PubSubError as error:
-            log.info("%s: retries not moved on, again in 1 s: %s", self.subscription.label, error)
-            for partition, record, due in hops:
-                if record.offset in partition.open:
-                    partition.waiting += 1
-                    heapq.heappush(self._waiting, (now + 1, next(self._sequence), partition, record, due))
-            self._wake()
-            return
-        for partition, record, _ in hops:
-            partition.settle(record.offset)
+            log.info("%s: retries not moved on yet: %s", self.subscription.label, error)
         self._commit_soon()
-
-    async def _store_retries(self, records: Iterable[tuple[Outgoing, float, float]]) -> None:
-        """Store copies, each with the time it is due at and the time now."""
-        name = self._shared.names.retry(self.subscription.label)
-        count = len(self._shared.cluster.topics.get(name, ())) or 1
-        lines: dict[TP, list[Outgoing]] = {}
-        spread = self._shared.producer.turn()
-        for record, due, now in records:
-            lines.setdefault((name, place(due - now, spread, count)), []).append(record)
-        await self._shared.producer.store(lines)
+        self._wake()
 
     # -- messages that may kill ------------------------------------------------------------------
 
@@ -476,18 +440,16 @@ class KafkaReceiver(Receiver):
         partition.handed.discard(offset)
         partition.open[offset] = None
         self._out -= 1
-        self._ready.append((partition, _afresh(delivery)))
+        self._ready.append((partition, afresh(delivery)))
         self._wake()
 
     async def park(self, deliveries: Sequence[Delivery]) -> None:
         ours = [delivery for delivery in deliveries if delivery.tag[1] in delivery.tag[0].open]
         now = time.time()
-        copies = [
-            (encode_retry(delivery, delivery.attempt + 1, now + delivery.delay), now + delivery.delay, now)
-            for delivery in ours
-        ]
-        if copies:
-            await self._store_retries(copies)
+        if ours:
+            dues = [now + delivery.delay for delivery in ours]
+            copies = [encode_retry(each, each.attempt + 1, due) for each, due in zip(ours, dues, strict=True)]
+            await self._shelf.store(zip(copies, dues, strict=True))
         for delivery in ours:
             self.ack(delivery)
 
@@ -502,6 +464,31 @@ class KafkaReceiver(Receiver):
             self.ack(delivery)
 
     # -- committing -------------------------------------------------------------------------------
+
+    def _mark(self, partition: Partition) -> None:
+        """Something came on a partition that nobody was handed anything of: say first that it may be so now."""
+        self._unmarked.append(partition)
+        if len(self._unmarked) == 1:
+            self._spawn(self._commit_marks())
+
+    async def _commit_marks(self) -> None:
+        while self._unmarked:
+            partitions = [partition for partition in self._unmarked if not partition.held]
+            try:
+                await self._commit(partitions)
+            except NotAMember as error:
+                log.debug("%s: %s", self.subscription.label, error)  # the next heartbeat learns the same
+                await asyncio.sleep(COMMIT_EVERY)
+                continue
+            except ConnectionLost as error:
+                log.debug("%s: %s; trying again", self.subscription.label, error)
+                await asyncio.sleep(COMMIT_EVERY)
+                continue
+            self._unmarked = [partition for partition in self._unmarked if partition not in partitions]
+            self._unmarked = [partition for partition in self._unmarked if not partition.held]
+            for partition in partitions:
+                partition.marked = True
+                self._came(partition)
 
     def _commit_soon(self) -> None:
         if self._group is not None and "commit" not in self._timers and not self._closed:
@@ -529,7 +516,11 @@ class KafkaReceiver(Receiver):
 
     async def _commit_quietly(self, *, leaving: bool = False) -> None:
         """Commit what has changed, all where we leave; what fails is done with the next commit, or comes again."""
-        chosen = [partition for partition in self._partitions.values() if leaving or partition.dirty]
+        chosen = [
+            partition
+            for partition in self._partitions.values()
+            if partition.dirty or (leaving and partition.marked)
+        ]
         try:
             await self._commit(chosen, leaving=leaving)
         except NotAMember as error:
@@ -613,37 +604,3 @@ class KafkaReceiver(Receiver):
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             self.fail(error if isinstance(error, PubSubError) else ConnectionLost(f"kafka: {error!r}"))
-
-
-def _in_hand(partition: Partition) -> bool:
-    """Whether a handler is at work on one of its messages; one that is held for a later attempt is not."""
-    open = partition.open
-    return any(
-        (delivery := open.get(offset)) is not None and not delivery.delay for offset in partition.handed
-    )
-
-
-def _given(partition: Partition) -> int:
-    """Give a partition up; returns how many of its deliveries were out."""
-    given = sum(delivery is not None for delivery in partition.open.values())
-    partition.forget()
-    return given
-
-
-def _afresh(delivery: Delivery) -> Delivery:
-    """The same message, to be handed out again as the same attempt."""
-    return Delivery(
-        delivery.receiver,
-        delivery.tag,
-        delivery.subscription,
-        delivery.topic,
-        delivery.body,
-        key=delivery.key,
-        headers=delivery.headers,
-        id=delivery.id,
-        content_type=delivery.content_type,
-        timestamp=delivery.timestamp,
-        attempt=delivery.attempt,
-        redelivered=True,
-        failure=delivery.failure,
-    )

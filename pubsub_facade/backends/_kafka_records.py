@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
-from pubsub_facade.message import Failure, Message
+from pubsub_facade.message import Delivery, Failure, Message
 from pubsub_facade.wire import (
     ATTEMPT,
     CONTENT_TYPE,
@@ -147,3 +147,22 @@ def dead_letter(record: Any, tp: TP, subscription: str) -> Message:
     message.attempt = envelope.attempt
     message.failure = envelope.failure or Failure(subscription, "", "", envelope.attempt, 0.0, 0.0)
     return message
+
+
+def afresh(delivery: Delivery) -> Delivery:
+    """The same message, to be handed out again as the same attempt."""
+    return Delivery(
+        delivery.receiver,
+        delivery.tag,
+        delivery.subscription,
+        delivery.topic,
+        delivery.body,
+        key=delivery.key,
+        headers=delivery.headers,
+        id=delivery.id,
+        content_type=delivery.content_type,
+        timestamp=delivery.timestamp,
+        attempt=delivery.attempt,
+        redelivered=True,
+        failure=delivery.failure,
+    )

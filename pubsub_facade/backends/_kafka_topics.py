@@ -14,7 +14,7 @@ from typing import Any, Final
 import aiokafka.errors as kafka_errors
 from aiokafka.protocol.admin import CreateTopicsRequest, DeleteTopicsRequest
 
-from pubsub_facade.backends._kafka_cluster import Cluster, backoff, check_rights, explain
+from pubsub_facade.backends._kafka_cluster import ADMIN_TIMEOUT, Cluster, backoff, check_rights, explain
 from pubsub_facade.backends._kafka_names import Names
 from pubsub_facade.backends._kafka_retry import PARTITIONS
 from pubsub_facade.errors import ConfigError, ConnectionLost, PubSubError, TopologyConflict
@@ -24,7 +24,7 @@ from pubsub_facade.topics import PatternSet
 log = logging.getLogger("pubsub_facade")
 
 HEADROOM: Final = 1 << 20  # bytes for headers and key beside the largest payload
-CREATE_PATIENCE: Final = 20.0  # seconds
+CREATE_PATIENCE: Final = 30.0  # seconds
 
 Spec = tuple[str, int, int, dict[str, str]]
 """A Kafka topic to be: name, partitions and replicas (-1: the broker's default), settings."""
@@ -177,7 +177,9 @@ class Topics:
             return
         wanted = set(names)
         for pause in backoff(CREATE_PATIENCE):
-            response: Any = await self._cluster.call_controller(DeleteTopicsRequest(list(wanted), 10_000))
+            response: Any = await self._cluster.call_controller(
+                DeleteTopicsRequest(list(wanted), int(ADMIN_TIMEOUT * 1000))
+            )
             for name, code in response.topic_error_codes:
                 if code in (0, kafka_errors.UnknownTopicOrPartitionError.errno):
                     wanted.discard(name)

@@ -37,7 +37,7 @@ from pubsub_facade.backends._kafka_producer import Producer
 from pubsub_facade.backends._kafka_receiver import KafkaReceiver, Shared
 from pubsub_facade.backends._kafka_records import TP, Outgoing, dead_letter, decode, encode, encode_retry
 from pubsub_facade.backends._kafka_registry import Ends, Entry, Move, Registry
-from pubsub_facade.backends._kafka_retry import place
+from pubsub_facade.backends._kafka_shelf import Shelf
 from pubsub_facade.backends._kafka_topics import Spec, Topics
 from pubsub_facade.backends.base import Backend, Backlog, Capabilities, Position, Receiver
 from pubsub_facade.errors import (
@@ -238,14 +238,9 @@ class KafkaBackend(Backend):
                 {message.id: "not stored" for message in messages},
             )
         await shared.topics.create_own(shared.topics.retry_spec(name))
-        count = len(shared.cluster.topics[name])
         now = time.time()
-        lines: dict[TP, list[Outgoing]] = {}
-        for message in messages:
-            record = encode_retry(message, message.attempt, now)
-            spread = shared.producer.partition(record.key, 1 << 16) if record.key else shared.producer.turn()
-            lines.setdefault((name, place(0.0, spread, count)), []).append(record)
-        await shared.producer.store(lines)
+        records = [(encode_retry(message, message.attempt, now), now) for message in messages]
+        await Shelf(shared.cluster, shared.producer, name).store(records)
 
     # -- subscriptions ----------------------------------------------------------------------------
 
