@@ -29,7 +29,7 @@ async def store(link: Link, letters: Sequence[Letter]) -> None:
 
     All is written before the first wait: calls in order keep their order. Raises BrokerRefused, ConnectionLost.
     """
-    id, future = link.receipt()
+    id, future = link.receipt(batch=True)
     if len(letters) == 1:
         link.write(letters[0].frame(f"receipt:{id}\n"))
     else:

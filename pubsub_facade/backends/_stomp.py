@@ -29,17 +29,31 @@ Frame = tuple[dict[str, str], bytes]
 """Headers and body of a MESSAGE."""
 
 CLOSE_TIMEOUT: Final = 2.0  # s to say goodbye
+MAX_TEXT: Final = 400  # characters kept of what a broker says: Artemis shows the whole message it refuses
 MAX_BUFFER: Final = 1 << 20  # bytes written and not on their way: `drain` waits above it
 
 _BETWEEN: Final = frozenset(b"\r\n\0")  # what may stand between frames
 _ESCAPED: Final = re.compile(r"\\.")
 _UNESCAPES: Final = {"\\c": ":", "\\n": "\n", "\\r": "\r", "\\\\": "\\"}
 _BUSY: Final = "already connected from"
-_DENIED: Final = ("password is invalid", "Security Error", "not authorized", "SecurityException")
+_DENIED: Final = ("password is invalid", "Security Error", "not authorized", "does not have permission")
 
 
 class BrokerRefused(PubSubError):
-    """The broker answered a frame with ERROR; the text is the broker's."""
+    """The broker answered with ERROR; the text is the broker's.
+
+    Arguments:
+        sure: the ERROR names this frame; False: it names none, and this batch was the next to be answered.
+    """
+
+    def __init__(self, text: str, *, sure: bool) -> None:
+        super().__init__(text)
+        self.sure = sure
+
+    @property
+    def denied(self) -> bool:
+        """Whether it is a matter of rights, which waiting does not mend."""
+        return any(sign in str(self) for sign in _DENIED)
 
 
 class ClientBusy(ConnectionFailed):
@@ -163,6 +177,7 @@ class Link(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._parser = Parser()
         self._receipts: dict[str, asyncio.Future[None]] = {}
+        self._batches: dict[str, None] = {}  # those of the receipts that confirm messages, oldest first
         self._sequence = 0
         self._connected: asyncio.Future[dict[str, str]] = self._loop.create_future()
         self._writable: asyncio.Future[None] | None = None
@@ -281,8 +296,12 @@ class Link(asyncio.Protocol):
         if self.lost is not None:
             raise self._gone()
 
-    def receipt(self) -> tuple[str, asyncio.Future[None]]:
-        """A new receipt id, and the future of the broker's answer: BrokerRefused where it is ERROR."""
+    def receipt(self, *, batch: bool = False) -> tuple[str, asyncio.Future[None]]:
+        """A new receipt id, and the future of the broker's answer: BrokerRefused where it is ERROR.
+
+        Arguments:
+            batch: it confirms messages, of which those without a receipt of their own may be refused.
+        """
         self._sequence += 1
         id = str(self._sequence)
         future: asyncio.Future[None] = self._loop.create_future()
@@ -290,6 +309,8 @@ class Link(asyncio.Protocol):
             future.set_exception(self._gone())
         else:
             self._receipts[id] = future
+            if batch:
+                self._batches[id] = None
         return id, future
 
     async def ask(self, command: str, headers: Mapping[str, Any], body: bytes = b"") -> None:
@@ -304,6 +325,7 @@ class Link(asyncio.Protocol):
             await future
         finally:
             self._receipts.pop(id, None)
+            self._batches.pop(id, None)
 
     # -- reading ----------------------------------------------------------------------------------
 
@@ -327,7 +349,7 @@ class Link(asyncio.Protocol):
             if command == "MESSAGE":
                 messages.append((headers, body))
             elif command == "RECEIPT":
-                future = self._receipts.pop(headers.get("receipt-id", ""), None)
+                future = self._receipts.get(headers.get("receipt-id", ""))
                 if future is not None and not future.done():
                     future.set_result(None)
             elif command == "ERROR":
@@ -338,14 +360,22 @@ class Link(asyncio.Protocol):
             self.on_messages(messages)
 
     def _on_error(self, headers: Mapping[str, str], body: bytes) -> None:
-        text = headers.get("message") or body.decode("utf-8", "replace").partition("\n")[0]
+        text = (headers.get("message") or body.decode("utf-8", "replace").partition("\n")[0])[:MAX_TEXT]
         if not self._connected.done():
             self._connected.set_exception(self._refusal(text))
             return
-        future = self._receipts.pop(headers.get("receipt-id", ""), None)
-        if future is not None and not future.done():
-            future.set_exception(BrokerRefused(text))
+        named = self._receipts.get(headers.get("receipt-id", ""))
+        if named is not None:
+            if not named.done():
+                named.set_exception(BrokerRefused(text, sure=True))
+            return
+        # Answers come in order, so it is about something sent before the next receipt. Artemis may go on to
+        # commit a transaction without the message it refused: its RECEIPT must not count.
         self._last_error = text
+        for id in self._batches:
+            if not self._receipts[id].done():
+                self._receipts[id].set_exception(BrokerRefused(text, sure=False))
+                break
 
     def _refusal(self, text: str) -> ConnectionFailed:
         if _BUSY in text:
@@ -387,8 +417,7 @@ class Link(asyncio.Protocol):
         if not self._connected.done():
             self._connected.set_exception(self._gone())
         self._connected.exception()  # retrieved: nobody may wait for it any more
-        receipts, self._receipts = self._receipts, {}
-        for future in receipts.values():
+        for future in self._receipts.values():
             if not future.done():
                 future.set_exception(self._gone())
                 future.exception()

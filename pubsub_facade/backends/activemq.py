@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Final
 
 from pubsub_facade import wire
@@ -19,9 +20,16 @@ from pubsub_facade.backends._activemq_receiver import ActivemqReceiver
 from pubsub_facade.backends._activemq_record import Record, places_for
 from pubsub_facade.backends._activemq_session import Session, store
 from pubsub_facade.backends._activemq_wire import RECORD, Letter, MessageCodec, foreign_id
-from pubsub_facade.backends._stomp import BrokerRefused
+from pubsub_facade.backends._stomp import BrokerRefused, Link
 from pubsub_facade.backends.base import Backend, Backlog, Capabilities, Receiver
-from pubsub_facade.errors import Fate, MessageError, SendFailed
+from pubsub_facade.errors import (
+    AuthenticationFailed,
+    ConnectionFailed,
+    ConnectionLost,
+    Fate,
+    MessageError,
+    SendFailed,
+)
 from pubsub_facade.message import Message
 from pubsub_facade.settings import Settings
 from pubsub_facade.subscription import Subscription
@@ -125,7 +133,7 @@ class ActivemqBackend(Backend):
             try:
                 await store(link, letters)
             except BrokerRefused as error:
-                if len(letters) == 1:
+                if len(letters) == 1 and error.sure:
                     fates[ids[0]] = "not stored"
                     reasons.append(str(error))
                 else:
@@ -138,15 +146,26 @@ class ActivemqBackend(Backend):
     async def _send_singly(
         self, letters: Sequence[Letter], ids: Sequence[str], fates: dict[str, Fate], reasons: list[str]
     ) -> None:
-        """One refused message undoes its transaction: find it, and send the others."""
-        link = self.session.main
-        results = await asyncio.gather(*(store(link, [letter]) for letter in letters), return_exceptions=True)
-        for id, result in zip(ids, results, strict=True):
-            if isinstance(result, BrokerRefused):
-                fates[id] = "not stored"
-                reasons.append(str(result))
-            elif isinstance(result, BaseException):
-                raise result
+        """One refused message undoes its transaction: find it, and send the others.
+
+        On a link of their own, one after the other, because Artemis ends the link at each refusal.
+        """
+        link: Link | None = None
+        try:
+            for letter, id in zip(letters, ids, strict=True):
+                if link is None or link.lost is not None:
+                    link = await self.session.connect()
+                try:
+                    await store(link, [letter])
+                except BrokerRefused as error:
+                    fates[id] = "not stored" if error.sure else "unknown"
+                    reasons.append(str(error))
+                    await link.close()
+        except ConnectionFailed as error:
+            raise ConnectionLost(str(error)) from error
+        finally:
+            if link is not None:
+                await link.close()
 
     # -- subscriptions ----------------------------------------------------------------------------
 
@@ -165,6 +184,10 @@ class ActivemqBackend(Backend):
         return Record.merged(records), [headers[RECORD] for headers, _ in frames if RECORD in headers]
 
     async def declare(self, subscription: Subscription) -> None:
+        with _rights():
+            await self._declare(subscription)
+
+    async def _declare(self, subscription: Subscription) -> None:
         assert subscription.name is not None
         name, ordered = subscription.name, subscription.ordered
         wanted = places_for(subscription.patterns, ordered=ordered)
@@ -201,7 +224,8 @@ class ActivemqBackend(Backend):
         receiver = ActivemqReceiver(self, subscription, window, self._receivers.remove)
         self._receivers.append(receiver)
         try:
-            await receiver.join()
+            with _rights():
+                await receiver.join()
         except BaseException:
             if receiver in self._receivers:
                 self._receivers.remove(receiver)
@@ -225,6 +249,16 @@ class ActivemqBackend(Backend):
         wanted = everything if ids is None else lambda headers: _id_of(headers) in ids
         frames = await self.form.sweep(self.session, self.form.queue("dead", subscription), wanted)
         return sum(1 for headers, _ in frames if wanted(headers))
+
+
+@contextmanager
+def _rights() -> Iterator[None]:
+    try:
+        yield
+    except BrokerRefused as error:
+        if error.denied:
+            raise AuthenticationFailed(f"activemq: {error}: grant the user this right") from error
+        raise
 
 
 def _id_of(headers: Mapping[str, str]) -> str:
