@@ -88,7 +88,8 @@ class KafkaReceiver(Receiver):
         self._shelf = Shelf(shared.cluster, shared.producer, shared.names.retry(subscription.label))
         self._unmarked: list[Partition] = []
         self._out = 0  # handed out and not settled
-        self._exclusive: Partition | None = None
+        self._suspects: deque[tuple[Partition, Any]] = deque()  # to be tried alone
+        self._exclusive: Partition | None = None  # whose message is tried with nothing beside it
         self._waiter: asyncio.Future[None] | None = None
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -210,6 +211,7 @@ class KafkaReceiver(Receiver):
         self._partitions.clear()
         self._stock.clear()
         self._ready.clear()
+        self._suspects.clear()
         self._shelf.clear()
         self._out = 0
         self._exclusive = None
@@ -293,11 +295,13 @@ class KafkaReceiver(Receiver):
         if not partition.marked and self._group is not None:
             self._mark(partition)
             return
-        if partition.cautious:
-            self._try(partition)
-        elif partition.topic is None:
+        if partition.topic is None:
             self._shelf.fill(partition)
             self._ripen(time.time())
+        elif partition.cautious:
+            if partition.trial is None and (record := partition.next()) is not None:
+                partition.open[record.offset] = None
+                self._try(partition, record)
         else:
             accepts = self._definition.accepts if self._filtered else None
             topic = partition.topic
@@ -357,7 +361,10 @@ class KafkaReceiver(Receiver):
         """What has waited long enough is handed out, or goes where the rest of its delay is waited for."""
         moving = self._shelf.moving
         for partition, record in self._shelf.ripe(now):
-            self._ready.append((partition, self._delivery(partition, record)))
+            if partition.doubtful and partition.seen(record.offset):
+                self._try(partition, record)
+            else:
+                self._ready.append((partition, self._delivery(partition, record)))
             if partition.unread and partition not in self._stock:
                 self._stock.append(partition)
         if self._shelf.moving and not moving:
@@ -374,32 +381,37 @@ class KafkaReceiver(Receiver):
 
     # -- messages that may kill ------------------------------------------------------------------
 
-    def _try(self, partition: Partition) -> None:
+    def _try(self, partition: Partition, record: Any) -> None:
         """Its last owner died: one at a time, with a commit before each that says how often it was tried."""
-        if partition.trial is not None or partition.open or self._exclusive is not None:
-            return
-        record = partition.next()
-        if record is None:
-            return
-        offset = record.offset
-        partition.counts[offset] = partition.count(offset)
-        partition.trial = offset
-        partition.open[offset] = None
-        if partition.counts[offset] >= SUSPECT:
-            self._exclusive = partition
-        self._spawn(self._trial(partition, record))
+        self._suspects.append((partition, record))
+        self._try_next()
+
+    def _try_next(self) -> None:
+        for _ in range(len(self._suspects)):
+            if self._exclusive is not None:
+                return
+            partition, record = self._suspects.popleft()
+            if partition.held:
+                continue
+            if partition.trial is not None:
+                self._suspects.append((partition, record))
+                continue
+            partition.trial = record.offset
+            partition.counts[record.offset] = count = partition.count(record.offset)
+            if count >= SUSPECT:
+                self._exclusive = partition
+            self._spawn(self._trial(partition, record))
 
     async def _trial(self, partition: Partition, record: Any) -> None:
         delivery = self._delivery(partition, record)
-        if partition.topic is None:
-            pause = decode(record, partition.tp, own=True).due - time.time()
-            await asyncio.sleep(max(0.0, pause))
         while self._exclusive is partition and self._out and not partition.held:
             await self._a_moment()
         partition.handed.add(record.offset)
         while not partition.held:
             try:
-                await self._commit([partition])
+                await self._commit(
+                    [*self._dirty(), partition]
+                )  # what was handled stays so, should we die now
             except NotAMember:
                 return
             except ConnectionLost as error:
@@ -422,6 +434,7 @@ class KafkaReceiver(Receiver):
             partition.trial = None
             if self._exclusive is partition:
                 self._exclusive = None
+            self._try_next()
         if self._waiter is not None:
             if self._window - self._out >= self._refill or not self._out:
                 self._wake()
@@ -514,13 +527,16 @@ class KafkaReceiver(Receiver):
                 raise ConnectionLost("kafka: the commit was not answered in time") from error
             raise
 
+    def _dirty(self) -> list[Partition]:
+        return [partition for partition in self._partitions.values() if partition.dirty]
+
     async def _commit_quietly(self, *, leaving: bool = False) -> None:
         """Commit what has changed, all where we leave; what fails is done with the next commit, or comes again."""
-        chosen = [
-            partition
-            for partition in self._partitions.values()
-            if partition.dirty or (leaving and partition.marked)
-        ]
+        chosen = self._dirty()
+        if leaving:
+            chosen = [
+                partition for partition in self._partitions.values() if partition.marked or partition.dirty
+            ]
         try:
             await self._commit(chosen, leaving=leaving)
         except NotAMember as error:
