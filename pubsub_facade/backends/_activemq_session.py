@@ -176,6 +176,7 @@ class Session:
             for future in self._requests.values():
                 if not future.done():
                     future.set_exception(frame)
+                    future.exception()  # retrieved: who asked may have failed at its SEND already
             return
         waiting = self._requests.get(frame[0].get("correlation-id", ""))  # others' answers come here too
         if waiting is not None and not waiting.done():

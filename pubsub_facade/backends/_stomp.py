@@ -306,7 +306,7 @@ class Link(asyncio.Protocol):
         id = str(self._sequence)
         future: asyncio.Future[None] = self._loop.create_future()
         if self.lost is not None:
-            future.set_exception(self._gone())
+            _fail(future, self._gone())
         else:
             self._receipts[id] = future
             if batch:
@@ -366,15 +366,14 @@ class Link(asyncio.Protocol):
             return
         named = self._receipts.get(headers.get("receipt-id", ""))
         if named is not None:
-            if not named.done():
-                named.set_exception(BrokerRefused(text, sure=True))
+            _fail(named, BrokerRefused(text, sure=True))
             return
         # Answers come in order, so it is about something sent before the next receipt. Artemis may go on to
         # commit a transaction without the message it refused: its RECEIPT must not count.
         self._last_error = text
         for id in self._batches:
             if not self._receipts[id].done():
-                self._receipts[id].set_exception(BrokerRefused(text, sure=False))
+                _fail(self._receipts[id], BrokerRefused(text, sure=False))
                 break
 
     def _refusal(self, text: str) -> ConnectionFailed:
@@ -418,9 +417,7 @@ class Link(asyncio.Protocol):
             self._connected.set_exception(self._gone())
         self._connected.exception()  # retrieved: nobody may wait for it any more
         for future in self._receipts.values():
-            if not future.done():
-                future.set_exception(self._gone())
-                future.exception()
+            _fail(future, self._gone())
         self.resume_writing()
         self.on_lost(self.lost)
 
@@ -441,3 +438,10 @@ class Link(asyncio.Protocol):
 
 def _ignore(_: object) -> None:
     return
+
+
+def _fail(future: asyncio.Future[None], error: Exception) -> None:
+    """Answer with an error, and call it retrieved: whoever asked may have been cancelled before it waits."""
+    if not future.done():
+        future.set_exception(error)
+        future.exception()
