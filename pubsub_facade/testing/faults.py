@@ -249,7 +249,7 @@ class Proxy:
             await asyncio.wait(pumps)
         except OSError:  # the broker is not there: to the client it looks as if it had just died
             pass
-        except asyncio.CancelledError:  # `stop`: asyncio's streams ask such a task for its error, and log what comes
+        except asyncio.CancelledError:  # by `stop`; asyncio would log what such a task ends with
             pass
         finally:
             self._links.discard(link)
