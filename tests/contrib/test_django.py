@@ -201,3 +201,32 @@ def health(port: int) -> dict[str, Any] | None:
             return dict(json.load(error))
     except OSError:
         return None
+
+
+def test_reload_starts_again_when_code_changes(project: Project) -> None:
+    code = project.folder / "watched"
+    code.mkdir()
+    (code / "__init__.py").touch()
+    module = code / "changing.py"
+    module.write_text("VALUE = 1\n")
+    project.environment["PYTHONPATH"] += os.pathsep + str(project.folder)
+    project.environment["DJANGO_WATCHED"] = "watched.changing"
+    port = free_port()
+    members = project.start("runsubscribers", "--reload", "--health", str(port))
+    try:
+        until(lambda: (health(port) or {}).get("healthy"))
+        before = _children(members.pid)
+        module.write_text("VALUE = 22\n")
+        os.utime(module, (time.time() + 5, time.time() + 5))
+        until(lambda: _children(members.pid) and not _children(members.pid) & before)
+        until(lambda: (health(port) or {}).get("healthy"))
+    finally:
+        for child in _children(members.pid):
+            os.kill(child, signal.SIGTERM)
+        members.terminate()
+        members.communicate(timeout=30)
+
+
+def _children(pid: int) -> set[int]:
+    found = Path(f"/proc/{pid}/task/{pid}/children")
+    return {int(child) for child in found.read_text().split()} if found.exists() else set()

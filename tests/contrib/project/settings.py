@@ -72,3 +72,8 @@ if "SOCIAL_PUBSUB" in os.environ:
     import json
 
     PUBSUB = json.loads(os.environ["SOCIAL_PUBSUB"])
+
+if "DJANGO_WATCHED" in os.environ:
+    import importlib
+
+    importlib.import_module(os.environ["DJANGO_WATCHED"])
