@@ -88,7 +88,7 @@ def run(
                 ends.append(time.time())
                 result.faults.append(injury.__name__)
         world.wait_published(patience + 2 * count / rate)
-        asyncio.run(_settle_accounts(world, result, patience))
+        asyncio.run(settle_accounts(world, result, patience))
         for member in world.members:
             member.terminate()
     result.longest_gap = _longest_gap(folder, ends)
@@ -96,7 +96,7 @@ def run(
     return result
 
 
-async def _settle_accounts(world: World, result: Result, patience: float) -> None:
+async def settle_accounts(world: World, result: Result, patience: float) -> None:
     published = {line for path in world.folder.glob("published-*") for line in path.read_text().split()}
     deadline = time.monotonic() + patience
     async with AsyncPubSub(Settings.load(world.direct)) as pubsub:
