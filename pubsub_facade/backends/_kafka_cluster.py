@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Final
 
 import aiokafka.errors as kafka_errors
-from aiokafka.conn import CloseReason, create_conn
+from aiokafka.conn import AIOKafkaConnection, CloseReason
 from aiokafka.protocol.coordination import FindCoordinatorRequest
 from aiokafka.protocol.metadata import MetadataRequest
 from aiokafka.protocol.offset import OffsetRequest
@@ -36,6 +36,7 @@ PRODUCE: Final[Link] = ("produce", 0)
 READ: Final[Link] = ("read", 0)
 
 REQUEST_TIMEOUT: Final = 10.0  # seconds for an answer, where nothing else is said
+CLOSE_TIMEOUT: Final = 1.0  # seconds for the other side to see that we close
 ADMIN_TIMEOUT: Final = 30.0  # seconds for topics to be made or deleted
 IDLE: Final = 540_000  # ms; brokers close idle connections after 600,000
 EARLIEST: Final = -2
@@ -75,6 +76,7 @@ class Cluster:
         self._refreshing = asyncio.Lock()
         self._refreshed = 0.0  # when the last refresh of all topics began
         self._coordinators: dict[str, int] = {}
+        self._ending: dict[asyncio.Future[None], Any] = {}  # connections that are closing -> transport
         self._closed = False
 
     def __str__(self) -> str:
@@ -98,18 +100,31 @@ class Cluster:
             ) from error
 
     async def close(self) -> None:
-        """Close every connection. Requests under way raise ConnectionLost."""
+        """Close every connection and wait until they are. Requests under way raise ConnectionLost. Bounded."""
         self._closed = True
         links, self._links = list(self._links.values()), {}
         for conn in links:
-            conn.close(reason=CloseReason.SHUTDOWN)
+            self._end(conn, CloseReason.SHUTDOWN)
+        if self._ending:
+            await asyncio.wait(self._ending, timeout=CLOSE_TIMEOUT)
+        for transport in self._ending.values():  # what the other side does not take holds it open
+            transport.abort()
+        await asyncio.sleep(0)
 
     def drop(self, link: Link) -> None:
         """Close the connections of one purpose."""
         for key in [key for key in self._links if key[1] == link]:
-            self._links.pop(key).close(reason=CloseReason.SHUTDOWN)
+            self._end(self._links.pop(key), CloseReason.SHUTDOWN)
         for key in [key for key in self._connecting if key[1] == link and not self._connecting[key].locked()]:
             del self._connecting[key]
+
+    def _end(self, conn: Any, reason: Any) -> None:
+        protocol, writer = conn._protocol, conn._writer
+        transport = writer.transport if writer is not None else getattr(protocol, "_transport", None)
+        closed = conn.close(reason=reason)
+        if protocol is not None and transport is not None and not closed.done():
+            self._ending[closed] = transport
+            closed.add_done_callback(lambda future: self._ending.pop(future, None))
 
     # -- requests ---------------------------------------------------------------------------------
 
@@ -128,7 +143,7 @@ class Cluster:
             async with asyncio.timeout(timeout):
                 return await conn.send(request)
         except _LOST as error:
-            conn.close(reason=CloseReason.CONNECTION_TIMEOUT)
+            self._end(conn, CloseReason.CONNECTION_TIMEOUT)
             raise ConnectionLost(f"kafka: {self._name(node)} does not answer: {_why(error)}") from error
         except kafka_errors.KafkaError as error:
             raise ConnectionLost(f"kafka: {self._name(node)}: {_why(error)}") from error
@@ -181,7 +196,7 @@ class Cluster:
                 raise ConnectionLost(f"kafka: broker {node} is not part of the cluster any more")
             conn = await self._dial(*self._brokers[node], self._slow.get(link[0], REQUEST_TIMEOUT))
             if self._closed:
-                conn.close(reason=CloseReason.SHUTDOWN)
+                self._end(conn, CloseReason.SHUTDOWN)
                 raise ConnectionLost("kafka: the link was closed")
             self._links[key] = conn
             return conn
@@ -196,27 +211,32 @@ class Cluster:
                 "sasl_plain_password": settings.password.get_secret_value() if settings.password else "",
             }
         protocol = ("SASL_" if sasl else "") + ("SSL" if self._tls else "PLAINTEXT")
+        conn = AIOKafkaConnection(
+            host,
+            port,
+            client_id="pubsub-facade",
+            request_timeout_ms=int(timeout * 1000),
+            ssl_context=self._tls,
+            security_protocol=protocol,
+            max_idle_ms=IDLE,
+            **sasl,
+        )
         try:
             async with asyncio.timeout(self._connect_timeout):
-                return await create_conn(
-                    host,
-                    port,
-                    client_id="pubsub-facade",
-                    request_timeout_ms=int(timeout * 1000),
-                    ssl_context=self._tls,
-                    security_protocol=protocol,
-                    max_idle_ms=IDLE,
-                    **sasl,
-                )
-        except _REFUSED as error:
-            raise AuthenticationFailed(
-                f"kafka: {show_host(host, port)} refused user {settings.username!r} "
-                f"({sasl.get('sasl_mechanism', 'no SASL')}): {_why(error)}; check username, password, sasl_mechanism"
-            ) from error
-        except (*_LOST, kafka_errors.KafkaError, AssertionError) as error:
-            raise ConnectionLost(
-                f"kafka: {show_host(host, port)} cannot be reached: {_why(error)}"
-            ) from error
+                await conn.connect()
+            return conn
+        except BaseException as error:
+            self._end(conn, CloseReason.SHUTDOWN)
+            if isinstance(error, _REFUSED):
+                raise AuthenticationFailed(
+                    f"kafka: {show_host(host, port)} refused user {settings.username!r} "
+                    f"({sasl.get('sasl_mechanism', 'no SASL')}): {_why(error)}; check username, password, "
+                    "sasl_mechanism"
+                ) from error
+            if isinstance(error, (*_LOST, kafka_errors.KafkaError, AssertionError)):
+                where = show_host(host, port)
+                raise ConnectionLost(f"kafka: {where} cannot be reached: {_why(error)}") from error
+            raise
 
     def _nodes(self) -> list[int]:
         """Known brokers, those with a live connection first."""
@@ -269,7 +289,7 @@ class Cluster:
                 error = ConnectionLost(f"kafka: {show_host(host, port)} does not answer: {_why(raised)}")
                 error.__cause__ = raised
             finally:
-                conn.close(reason=CloseReason.SHUTDOWN)
+                self._end(conn, CloseReason.SHUTDOWN)
         assert error is not None
         raise error
 
