@@ -41,23 +41,23 @@ class Outgoing:
 class _Group:
     """What one call wrote: tags ``first`` to ``last``."""
 
-    __slots__ = ("done", "first", "ids", "last", "refused", "singles", "upto")
+    __slots__ = ("done", "first", "last", "messages", "refused", "singles", "upto")
 
-    def __init__(self, first: int, ids: Sequence[str], done: asyncio.Future[Outcome]) -> None:
+    def __init__(self, first: int, messages: Sequence[Outgoing], done: asyncio.Future[Outcome]) -> None:
         self.first = first
-        self.last = first + len(ids) - 1
-        self.ids = ids
+        self.last = first + len(messages) - 1
+        self.messages = messages
         self.done = done
         self.upto = first - 1  # all up to here have their answer
         self.singles: set[int] = set()  # above it: have their answer
-        self.refused: list[str] = []
+        self.refused: list[Outgoing] = []
 
     def settle(self, tag: int, multiple: bool, stored: bool) -> None:
         if not stored:
             begin = self.upto + 1 if multiple else tag
             for each in range(begin, min(tag, self.last) + 1):
                 if each not in self.singles:
-                    self.refused.append(self.ids[each - self.first])
+                    self.refused.append(self.messages[each - self.first])
         if multiple:
             self.upto = max(self.upto, min(tag, self.last))
             self.singles = {single for single in self.singles if single > self.upto}
@@ -77,10 +77,12 @@ class Outcome:
     Arguments:
         returned: ids that no queue would get: certainly not stored.
         refused: ids that a queue refused; another may have stored them.
+        refusing: the routing keys of those.
     """
 
     returned: list[str] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
+    refusing: set[str] = field(default_factory=set)
 
     @property
     def fates(self) -> dict[str, Fate]:
@@ -129,7 +131,7 @@ class Confirms:
         for message in messages:
             data.append(self._method(message))
             data += frames.publish_content(number, message.properties, message.body, limit)
-        self._groups.append(_Group(self._next, [message.id for message in messages], future))
+        self._groups.append(_Group(self._next, messages, future))
         self._next += len(messages)
         self._link.write(data)
         return future
@@ -169,9 +171,10 @@ class Confirms:
         return
 
     def _finish(self, group: _Group) -> None:
-        outcome = Outcome(refused=group.refused)
+        outcome = Outcome(refused=[message.id for message in group.refused])
+        outcome.refusing = {message.routing_key for message in group.refused}
         if self._returned:
-            outcome.returned = [id for id in group.ids if id in self._returned]
+            outcome.returned = [message.id for message in group.messages if message.id in self._returned]
             self._returned.difference_update(outcome.returned)
         if not group.done.done():
             group.done.set_result(outcome)

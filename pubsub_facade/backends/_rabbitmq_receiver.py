@@ -465,10 +465,10 @@ class RabbitmqReceiver(Receiver):
                 self._settle(delivery)
         self._wake()
         if fates:
-            self._topology.forget_levels()
+            self._topology.distrust(outcome)
             raise SendFailed(
                 f"rabbitmq: {len(fates)} copies were not stored in {copies[0][1].routing_key!r} and its like: "
-                "was the queue deleted?",
+                "deleted, full, or without its quorum?",
                 fates,
             )
 

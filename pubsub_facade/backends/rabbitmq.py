@@ -278,7 +278,7 @@ class RabbitmqBackend(Backend):
         if outcome.returned:
             reasons.append(f"{len(outcome.returned)} have no subscription (require_subscribers is set)")
             if self._topology is not None:
-                self._topology.forget_levels()
+                self._topology.distrust(outcome)
         if outcome.refused:
             reasons.append(
                 f"{len(outcome.refused)} were refused by a queue: is it full, or without its quorum?"
@@ -288,13 +288,13 @@ class RabbitmqBackend(Backend):
     async def resend(self, subscription: str, messages: Sequence[Message]) -> None:
         topology = await self._consuming()
         record = await topology.record(subscription)
-        if record is None or self._copies is None:
+        if record is None:
             raise SendFailed(
                 f"rabbitmq: no subscription {subscription!r}: declare it first",
                 {message.id: "not stored" for message in messages},
             )
         names = record.names
-        outcome = await self._copies.write(
+        outcome = await topology.copies.write(
             [
                 Outgoing(
                     message.id,
@@ -335,9 +335,8 @@ class RabbitmqBackend(Backend):
 
     async def consume(self, subscription: Subscription, window: int) -> Receiver:
         topology = await self._consuming()
-        assert self._in is not None
-        assert self._copies is not None
-        await self._listen(self._in)
+        link = topology.link
+        await self._listen(link)
         record: Record | None = None
         filtering: Definition | None = None
         if subscription.name is not None:
@@ -346,9 +345,16 @@ class RabbitmqBackend(Backend):
                 raise ConnectionLost(f"rabbitmq: subscription {subscription.name!r} was deleted")
         elif subscription.filter is not None:
             filtering = Definition.first(subscription, 0.0)
-        channel = await self._in.open_channel()
+        channel = await link.open_channel()
         receiver = RabbitmqReceiver(
-            channel, topology, self._copies, subscription, window, record, filtering, self._receivers.remove
+            channel,
+            topology,
+            topology.copies,
+            subscription,
+            window,
+            record,
+            filtering,
+            self._receivers.remove,
         )
         self._receivers.append(receiver)
         try:
