@@ -80,7 +80,8 @@ class ActivemqReceiver(Receiver):
         self._waiter: asyncio.Future[None] | None = None
         self._standing_by: asyncio.Task[None] | None = None
         self._renewing: asyncio.Task[None] | None = None
-        self._noticed = False
+        self._noticed = False  # since the last record was asked for, somebody changed it
+        self._outdated = False  # the record in hand is known to be old: nothing is judged by it
         self._lost: ConnectionLost | None = None
         self._closed = False
 
@@ -114,25 +115,28 @@ class ActivemqReceiver(Receiver):
     async def _attach(self) -> None:
         name = self.subscription.label
         record = await self._read_record()
-        lead = await self._link(self._home.form.client_id(name, record.places[0]))
+        first = record.places[0]
+        lead = await self._link(self._home.form.client_id(name, first))
         self._notices = str(next(self._sequence))
         await lead.ask("SUBSCRIBE", {**self._home.form.from_notices(), "id": self._notices})
         self._record = record = await self._read_record()
         form, window = self._home.form, self._window if self._home.due_lines(1) else EARLY
         await self._receive_from(lead, None, form.from_queue(form.queue("retry", name), window))
-        for cover in record.places:
-            await self._add_place(cover)
+        await self._receive_from(lead, first, self._from_place(first))
+        await self._add_places(record)
 
-    async def _add_place(self, cover: str) -> None:
-        """Receive from a place; on Classic each further one needs a link with an identity of its own."""
-        name, form = self.subscription.label, self._home.form
-        assert self._record is not None
-        link = self._links[0]
-        client_id = form.client_id(name, cover)
-        if client_id is not None and cover != self._record.places[0]:
-            link = await self._link(client_id)
-        ordered = self.subscription.ordered
-        await self._receive_from(link, cover, form.from_place(name, cover, self._window, ordered=ordered))
+    async def _add_places(self, record: Record) -> None:
+        """Receive from places not received from yet; on Classic each needs a link with an identity of its own."""
+        known = {source.cover for source in self._sources.values()}
+        for cover in record.places:
+            if cover not in known:
+                client_id = self._home.form.client_id(self.subscription.label, cover)
+                link = self._links[0] if client_id is None else await self._link(client_id)
+                await self._receive_from(link, cover, self._from_place(cover))
+
+    def _from_place(self, cover: str) -> dict[str, str]:
+        name, ordered = self.subscription.label, self.subscription.ordered
+        return self._home.form.from_place(name, cover, self._window, ordered=ordered)
 
     async def _attach_ephemeral(self) -> None:
         subscription, form = self.subscription, self._home.form
@@ -181,7 +185,8 @@ class ActivemqReceiver(Receiver):
             id = headers.get("subscription", "")
             source = self._sources.get(id)
             if source is None:
-                self._noticed = self._noticed or (id == self._notices and body.decode() == label)
+                if id == self._notices and body.decode("utf-8", "replace") == label:
+                    self._noticed = self._outdated = True
                 continue
             ack = headers.get("ack", "")
             if is_internal(headers):
@@ -204,8 +209,8 @@ class ActivemqReceiver(Receiver):
         self._wake()
 
     def _judge(self, delivery: Delivery, record: Record) -> None:
-        in_line = self.subscription.ordered and bool(self._doubtful or self._renewing)
-        if not in_line and record.definition.accepts(delivery.topic, delivery.headers, delivery.timestamp):
+        waits = self._outdated or (self.subscription.ordered and bool(self._doubtful or self._renewing))
+        if not waits and record.definition.accepts(delivery.topic, delivery.headers, delivery.timestamp):
             self._ready.append(delivery)
         elif self.subscription.name is None:
             self._drop(delivery.tag[0], delivery.tag[1])
@@ -241,15 +246,14 @@ class ActivemqReceiver(Receiver):
                 except BaseException:
                     self._doubtful[:0] = doubtful
                     raise
-                known = self._record.places if self._record is not None else ()
                 self._record = record
+                self._outdated = self._noticed
                 for delivery in doubtful:
                     if record.definition.accepts(delivery.topic, delivery.headers, delivery.timestamp):
                         self._ready.append(delivery)
                     else:
                         self._drop(delivery.tag[0], delivery.tag[1])
-                for cover in record.places[len(known) :]:
-                    await self._add_place(cover)
+                await self._add_places(record)
                 self._wake()
         except PubSubError as error:
             self._cut(error if isinstance(error, ConnectionLost) else ConnectionLost(str(error)))

@@ -202,6 +202,18 @@ class TestRedeclaring:
             assert sorted(d.payload for d in await receive(stream, 2)) == ["a.x", "b.y.z"]
             await nothing_more(stream)
 
+    async def test_running_members_hear_of_a_change_before_any_message_is_in_doubt(self, desk: Desk) -> None:
+        running, other = await desk.client(), await desk.client()
+        async with running.subscribe("a.*", subscription="analytics") as stream:
+            await other.declare("a.*", "b.*", subscription="analytics")
+            await other.publish("b.x", "added")
+            assert [d.payload for d in await receive(stream, 1)] == ["added"]
+            await other.declare("b.*", subscription="analytics")
+            await other.publish("a.x", "removed")
+            await other.publish("b.x", "kept")
+            assert [d.payload for d in await receive(stream, 1)] == ["kept"]
+            await nothing_more(stream)
+
     async def test_what_waits_outlives_a_redeclaration(self, desk: Desk) -> None:
         pubsub = await desk.client()
         await pubsub.declare("a.*", "b", subscription="analytics")
