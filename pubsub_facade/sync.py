@@ -183,14 +183,19 @@ class PubSub:
     def _here(self) -> AsyncPubSub:
         """This process's client: after a fork a new one, with the same settings and handlers."""
         if self._pid != os.getpid():
-            if not _parents or self._client not in _parents:
-                _parents.append(self._client)
-            client = AsyncPubSub(self.settings)
-            client.subscribers = self._client.subscribers
-            self._lock = threading.Lock()
-            self._client, self._pid, self._used = client, os.getpid(), False
+            with _thread_lock:  # made anew in each child: threads that come first at once share one client
+                if self._pid != os.getpid():
+                    self._renew()
         self._used = True
         return self._client
+
+    def _renew(self) -> None:
+        if self._client not in _parents:
+            _parents.append(self._client)
+        client = AsyncPubSub(self.settings)
+        client.subscribers = self._client.subscribers
+        self._client, self._used = client, False
+        self._pid = os.getpid()  # last: who sees it takes the client without the lock
 
     def _call(self, coroutine: Coroutine[Any, Any, T]) -> T:
         thread = _loop_thread()
