@@ -17,7 +17,7 @@ from typing import Final, Protocol
 from pubsub_facade.backends._activemq_forms import Form
 from pubsub_facade.backends._activemq_record import Record, places_for
 from pubsub_facade.backends._activemq_session import Session, store
-from pubsub_facade.backends._activemq_wire import Letter, MessageCodec, is_internal, reserved
+from pubsub_facade.backends._activemq_wire import LIFE, Letter, MessageCodec, is_internal, reserved
 from pubsub_facade.backends._stomp import ClientBusy, Frame, Link, ack_frames
 from pubsub_facade.backends.base import Receiver
 from pubsub_facade.errors import ConnectionLost, PubSubError
@@ -52,7 +52,7 @@ class _Source:
         self.acks: list[str] = []
 
 
-_Tag = tuple[_Source, str, int]  # the value of the ack header; the order of coming
+_Tag = tuple[_Source, str, int, str]  # where from; value of the ack header; order of coming; life of a retry
 
 
 class ActivemqReceiver(Receiver):
@@ -131,8 +131,18 @@ class ActivemqReceiver(Receiver):
         for cover in record.places:
             if cover not in known:
                 client_id = self._home.form.client_id(self.subscription.label, cover)
-                link = self._links[0] if client_id is None else await self._link(client_id)
+                link = self._links[0] if client_id is None else await self._claim(client_id)
                 await self._receive_from(link, cover, self._from_place(cover))
+
+    async def _claim(self, client_id: str) -> Link:
+        """A link for a further place. Who is active has the first one: another holds this only while it declares."""
+        pause, longest = STAND_BY
+        while True:
+            try:
+                return await self._link(client_id)
+            except ClientBusy:
+                await asyncio.sleep(pause)
+                pause = min(pause * 2, longest)
 
     def _from_place(self, cover: str) -> dict[str, str]:
         name, ordered = self.subscription.label, self.subscription.ordered
@@ -141,7 +151,7 @@ class ActivemqReceiver(Receiver):
     async def _attach_ephemeral(self) -> None:
         subscription, form = self.subscription, self._home.form
         places = places_for(subscription.patterns, ordered=subscription.ordered)
-        self._record = Record(Definition.first(subscription, 0), tuple(places))
+        self._record = Record(Definition.first(subscription, 0), tuple(places), ())
         selector = "" if subscription.filter is None else Filter.parse(subscription.filter).to_jms(_rename)
         link = await self._link(None)
         for cover in places:
@@ -149,7 +159,9 @@ class ActivemqReceiver(Receiver):
 
     async def _link(self, client_id: str | None) -> Link:
         link = await self._home.session.connect(client_id)
-        if self._closed:  # meanwhile; nobody else would close it, and its client-id would keep all members away
+        if (
+            self._closed
+        ):  # meanwhile; nobody else would close it, and its client-id would keep all members away
             await link.close()
             raise ConnectionLost("activemq: this member has left")
         link.on_messages = self._take
@@ -192,10 +204,13 @@ class ActivemqReceiver(Receiver):
             if is_internal(headers):
                 self._drop(source, ack)
                 continue
-            tag = (source, ack, next(self._sequence))
+            tag = (source, ack, next(self._sequence), headers.get(LIFE, ""))
             if source.cover is None:
                 delivery, due = decode(self, tag, label, None, headers, body)
-                self._accept(delivery, due)
+                if record is not None and _belongs(delivery, record):
+                    self._accept(delivery, due)
+                else:
+                    self._doubtful.append(delivery)
                 continue
             delivery, _ = decode(self, tag, label, form.topic_of(headers), headers, body)
             if record is None:
@@ -210,7 +225,7 @@ class ActivemqReceiver(Receiver):
 
     def _judge(self, delivery: Delivery, record: Record) -> None:
         waits = self._outdated or (self.subscription.ordered and bool(self._doubtful or self._renewing))
-        if not waits and record.definition.accepts(delivery.topic, delivery.headers, delivery.timestamp):
+        if not waits and _belongs(delivery, record):
             self._ready.append(delivery)
         elif self.subscription.name is None:
             self._drop(delivery.tag[0], delivery.tag[1])
@@ -249,7 +264,7 @@ class ActivemqReceiver(Receiver):
                 self._record = record
                 self._outdated = self._noticed
                 for delivery in doubtful:
-                    if record.definition.accepts(delivery.topic, delivery.headers, delivery.timestamp):
+                    if _belongs(delivery, record):
                         self._ready.append(delivery)
                     else:
                         self._drop(delivery.tag[0], delivery.tag[1])
@@ -355,9 +370,13 @@ class ActivemqReceiver(Receiver):
     async def park(self, deliveries: Sequence[Delivery]) -> None:
         home = self._home
         lines = home.form.queue_lines(home.form.queue("retry", self.subscription.label))
+        life = {LIFE: self._record.lives[0]} if self._record is not None else {}
         letters = [
             home.codec.copy(
-                each, lines + home.due_lines(each.delay), each.attempt + 1, home.due_headers(each.delay)
+                each,
+                lines + home.due_lines(each.delay),
+                each.attempt + 1,
+                {**life, **home.due_headers(each.delay)},
             )
             for each in deliveries
         ]
@@ -403,6 +422,14 @@ class ActivemqReceiver(Receiver):
             await asyncio.wait(tasks)
         self._flush()
         await self._detach()
+
+
+def _belongs(delivery: Delivery, record: Record) -> bool:
+    """Whether the subscription's rules, or for a retry its life, say that a delivery is its own."""
+    source, _, _, life = delivery.tag
+    if source.cover is None:
+        return not life or life in record.lives
+    return record.definition.accepts(delivery.topic, delivery.headers, delivery.timestamp)
 
 
 def _rename(name: str) -> str | None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import time
+import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
@@ -28,10 +29,15 @@ REMEMBERED: Final = 4096  # topics whose owner is remembered
 
 @dataclass(frozen=True)
 class Record:
-    """A subscription's definition and its places, oldest first, each named by its cover."""
+    """A subscription's definition and its places, oldest first, each named by its cover.
+
+    ``lives`` tells it from one of the same name that was deleted: a copy that a broker's scheduler still
+    held then belongs to nobody. There are several where members declared it first at the same time.
+    """
 
     definition: Definition
     places: tuple[str, ...]
+    lives: tuple[str, ...]
     _owners: dict[str, str | None] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
@@ -54,9 +60,9 @@ class Record:
                 "declare the new patterns under another name"
             )
         if old is None:
-            return cls(Definition.first(subscription, time.time()), tuple(places))
+            return cls(Definition.first(subscription, time.time()), tuple(places), (uuid.uuid4().hex,))
         definition = old.definition.redeclared(subscription, time.time())
-        return old if definition is old.definition else cls(definition, tuple(places))
+        return old if definition is old.definition else cls(definition, tuple(places), old.lives)
 
     def owner(self, topic: str) -> str | None:
         """The place whose copy of a message on ``topic`` counts; None: none of them."""
@@ -71,9 +77,8 @@ class Record:
 
     def to_json(self) -> bytes:
         """As UTF-8 JSON, at most a few KiB."""
-        return json.dumps(
-            {"places": self.places, "definition": json.loads(self.definition.to_json())}
-        ).encode()
+        definition = json.loads(self.definition.to_json())
+        return json.dumps({"places": self.places, "lives": self.lives, "definition": definition}).encode()
 
     @classmethod
     def from_json(cls, text: bytes) -> Record:
@@ -81,7 +86,8 @@ class Record:
         try:
             data = json.loads(text)
             places = tuple(str(place) for place in data["places"])
-            return cls(Definition.from_json(json.dumps(data["definition"]).encode()), places)
+            lives = tuple(str(life) for life in data["lives"])
+            return cls(Definition.from_json(json.dumps(data["definition"]).encode()), places, lives)
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a subscription record: {text[:80]!r}") from error
 
@@ -93,9 +99,10 @@ class Record:
         if len(records) == 1:
             return records[0]
         places = dict.fromkeys(place for record in records for place in record.places)
+        lives = dict.fromkeys(life for record in records for life in record.lives)
         eras = _in_order(era for record in records for era in record.definition.eras)
         newest = records[-1].definition
-        return cls(Definition(eras[-Definition.KEPT :], newest.ordered), tuple(places))
+        return cls(Definition(eras[-Definition.KEPT :], newest.ordered), tuple(places), tuple(lives))
 
 
 def _in_order(eras: Iterable[Era]) -> tuple[Era, ...]:

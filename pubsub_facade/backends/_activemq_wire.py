@@ -24,6 +24,7 @@ MAX_HEAD: Final = 49_152  # bytes of all headers: Artemis wants them, and a fail
 _UNCHECKED: Final = 2_000  # characters of all headers, below which no limit can be touched
 
 RECORD: Final = "pubsub-record"  # id of a stored definition
+LIFE: Final = "pubsub-life"  # of a retry: which of the subscriptions of this name it belongs to
 SEED: Final = "pubsub-seed"  # makes a broker remember a queue; means nothing to members
 FENCE: Final = "pubsub-fence"  # the end of what was there when a sweep began
 

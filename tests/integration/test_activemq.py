@@ -317,6 +317,21 @@ async def test_virtual_queues_are_not_left_collecting_in_silence(desk: Desk) -> 
 
 
 @pytest.mark.parametrize("desk", FORMS, indirect=True)
+async def test_a_retry_that_the_scheduler_holds_does_not_outlive_its_subscription(desk: Desk) -> None:
+    pubsub = await desk.client()
+    async with pubsub.subscribe("#", subscription="analytics") as stream:
+        await pubsub.publish("a.b", "of the first life")
+        (delivery,) = await receive(stream, 1, ack=False)
+        await delivery.retry(1.5)
+    await pubsub.delete("analytics")
+    async with pubsub.subscribe("#", subscription="analytics") as stream:
+        await pubsub.publish("a.b", "of the second life")
+        assert [d.payload for d in await receive(stream, 1)] == ["of the second life"]
+        with pytest.raises(TimeoutError):
+            await stream.receive(3)
+
+
+@pytest.mark.parametrize("desk", FORMS, indirect=True)
 async def test_more_dead_letters_than_a_browser_shows_are_listed_and_removed(desk: Desk) -> None:
     pubsub = await desk.client()
     async with pubsub.subscribe("#", subscription="analytics", window=450, max_attempts=1) as stream:
