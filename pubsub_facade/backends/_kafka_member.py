@@ -327,7 +327,7 @@ async def commit(
 def share_out(
     wanted: Mapping[str, Collection[str]], topics: Mapping[str, Sequence[int]]
 ) -> dict[str, list[TP]]:
-    """Every partition to one member that wants its topic, as evenly as that goes; the same for the same input."""
+    """Every partition to the member that has least of those that want its topic; the same for the same input."""
     shares: dict[str, list[TP]] = {member: [] for member in sorted(wanted)}
     for topic in sorted({name for names in wanted.values() for name in names}):
         takers = [member for member in shares if topic in wanted[member]]
