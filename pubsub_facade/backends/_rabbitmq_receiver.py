@@ -10,6 +10,7 @@ subscriptions, which cannot set aside). What is given back unhandled is stored a
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +32,7 @@ from pubsub_facade.subscription import Definition, Subscription
 APART: Final = "apart"  # consumer tag of the queue of what came back twice
 IDLE_FLUSH: Final = 0.5  # s after which acks above a stuck delivery are sent, however few
 GIVE_BACK_TIMEOUT: Final = 3.0  # s for what is unsettled to be stored anew by a member that leaves
+QUIET: Final = 0.02  # s without an arrival until nothing is taken to be on its way
 MAX_PREFETCH: Final = 65535
 TRIALS_AFTER: Final = 0.2  # s from joining on, for all queues to have delivered
 PATIENCE: Final = 2.0  # s that one on trial may be in hand before the next one is tried beside it
@@ -475,16 +477,32 @@ class RabbitmqReceiver(Receiver):
     # -- leave ------------------------------------------------------------------------------------
 
     async def _leave(self) -> None:
+        """Leave a subscription without order, or an ephemeral one."""
+        if self._giving_back is not None:
+            await asyncio.wait([self._giving_back], timeout=GIVE_BACK_TIMEOUT)
+        if self._sets_aside:
+            await self._quiet()
         for consumer in self._consumers:
             await self._channel.call(self._channel.pika.basic_cancel, consumer)
         if self._sets_aside:
-            self._returning += [*self._out.values(), *self._ready, *self._untouched()]
-            if self._returning and self._giving_back is None:
-                self._giving_back = self._loop.create_task(self._give_back())
-            if self._giving_back is not None:
-                # During an alarm it would take too long: then all comes back, and is counted.
-                await asyncio.wait([self._giving_back], timeout=GIVE_BACK_TIMEOUT)
+            # During an alarm it would take too long: then all comes back, and is counted.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(GIVE_BACK_TIMEOUT):
+                    self._returning = [*self._out.values(), *self._ready, *self._untouched()]
+                    await self._give_back()
         self._flush_all()
+
+    async def _quiet(self) -> None:
+        """Wait until nothing more arrives: what is on its way when a consumer is cancelled comes back, and counts.
+
+        Nothing is handed out or settled any more, so that the window is soon full, or the queue empty.
+        """
+        end = self._loop.time() + 10 * QUIET
+        while self._loop.time() < end:
+            before = self._mark.unsettled
+            await asyncio.sleep(QUIET)
+            if self._mark.unsettled == before:
+                return
 
     def _untouched(self) -> Iterator[Delivery]:
         """What has arrived for the first time and was not handed out."""

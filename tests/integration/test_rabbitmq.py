@@ -315,6 +315,26 @@ async def test_a_wrong_password_a_missing_virtual_host_and_an_absent_broker_are_
     await second.ping()
 
 
+# -- attempts --------------------------------------------------------------------------------------
+
+
+async def test_what_is_given_back_unhandled_is_no_attempt(desk: Desk) -> None:
+    """RabbitMQ counts whatever comes back: deploys would use up the attempts of messages nobody handled."""
+    pubsub = await desk.client()
+    await pubsub.declare("social.#", subscription="analytics")
+    sent = await pubsub.publish_many(Message("social.post", n) for n in range(60))
+    for _ in range(3):
+        async with pubsub.subscribe("social.#", subscription="analytics") as stream:
+            received = await receive(stream, 60, ack=False)
+            assert {(d.topic, d.attempt) for d in received} == {("social.post", 1)}
+            await received[0].release()
+    async with pubsub.subscribe("social.#", subscription="analytics") as stream:
+        last = await receive(stream, 60)
+        assert {d.id for d in last} == {message.id for message in sent}
+        assert {d.attempt for d in last} == {1}
+        await nothing_more(stream)
+
+
 # -- faults ----------------------------------------------------------------------------------------
 
 
