@@ -10,6 +10,7 @@ from flask import Flask, Response, current_app, g, jsonify, request
 from pubsub_facade import PubSubError
 from pubsub_facade.contrib.flask import FlaskPubSub
 
+TIMEOUT = float(os.environ.get("POST_TIMEOUT", "20"))  # s that a view gives the broker
 pubsub = FlaskPubSub()
 
 
@@ -31,7 +32,9 @@ def create_app() -> Flask:
 
     @app.post("/apost")
     async def apost() -> tuple[Response, int]:
-        message = await pubsub.apublish("social.post.created", {"text": request.form["text"]}, timeout=3)
+        message = await pubsub.apublish(
+            "social.post.created", {"text": request.form["text"]}, timeout=TIMEOUT
+        )
         return jsonify(id=message.id), 200
 
     @app.teardown_appcontext

@@ -34,11 +34,33 @@ def environment(**more: str) -> dict[str, str]:
     }
 
 
+# A kept connection that a server closes as idle while its client writes to it is an error of HTTP, not of ours.
+_PATIENT = ("--keep-alive", "60")
 COMMANDS: Mapping[str, Sequence[str]] = {
     "gunicorn-sync": ("gunicorn", "-w", "2", "--preload", "-b", "127.0.0.1:{port}"),
-    "gunicorn-gthread": ("gunicorn", "-w", "2", "--threads", "8", "-b", "127.0.0.1:{port}"),
-    "gunicorn-preload": ("gunicorn", "-w", "2", "--threads", "8", "--preload", "-b", "127.0.0.1:{port}"),
-    "uvicorn": ("uvicorn", "--workers", "2", "--log-level", "warning", "--port", "{port}"),
+    "gunicorn-gthread": ("gunicorn", "-w", "2", "--threads", "8", *_PATIENT, "-b", "127.0.0.1:{port}"),
+    "gunicorn-preload": (
+        "gunicorn",
+        "-w",
+        "2",
+        "--threads",
+        "8",
+        "--preload",
+        *_PATIENT,
+        "-b",
+        "127.0.0.1:{port}",
+    ),
+    "uvicorn": (
+        "uvicorn",
+        "--workers",
+        "2",
+        "--log-level",
+        "warning",
+        "--timeout-keep-alive",
+        "60",
+        "--port",
+        "{port}",
+    ),
     "runserver": ("django", "runserver", "--noreload", "127.0.0.1:{port}"),
 }
 

@@ -161,7 +161,7 @@ def test_a_broker_that_is_down_gives_503_in_time_and_the_outbox_keeps_what_is_co
     with Proxy("127.0.0.1", _port_of(desk.pubsub.settings)) as proxy:
         url = target.url.get_secret_value().replace(f":{_port_of(desk.pubsub.settings)}", f":{proxy.port}")
         setting = json.dumps({"backend": "rabbitmq", "rabbitmq": {"url": url}})
-        variables = desk.environment(SOCIAL_PUBSUB=setting)
+        variables = desk.environment(SOCIAL_PUBSUB=setting, POST_TIMEOUT="3")
         _manage(variables, "migrate", "--run-syncdb", "-v0")
         with Server("gunicorn-gthread", APPLICATIONS["django"], variables, desk.folder) as running:
             assert fire(running.url + "/post/", 20).statuses == {200: 20}

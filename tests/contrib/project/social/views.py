@@ -1,4 +1,5 @@
 import asyncio
+import os
 
 from django.db import transaction
 from django.http import HttpRequest, HttpResponse, JsonResponse
@@ -7,6 +8,8 @@ from project.social.models import Post
 
 from pubsub_facade import PubSubError
 from pubsub_facade.contrib.django import apublish, publish, publish_on_commit
+
+TIMEOUT = float(os.environ.get("POST_TIMEOUT", "20"))  # s that a view gives the broker
 
 
 @csrf_exempt
@@ -25,7 +28,7 @@ def post(request: HttpRequest) -> HttpResponse:
 async def apost(request: HttpRequest) -> HttpResponse:
     text = request.POST["text"]
     try:
-        message = await apublish("social.post.created", {"author": 1, "text": text}, key="1", timeout=3)
+        message = await apublish("social.post.created", {"author": 1, "text": text}, key="1", timeout=TIMEOUT)
     except PubSubError as error:
         return JsonResponse({"error": type(error).__name__}, status=503)
     await asyncio.sleep(0)
