@@ -20,7 +20,7 @@ from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from types import FrameType, TracebackType
 from typing import Any, Final, Self, TypeVar
 
-from pubsub_facade.backends.base import Backlog, Capabilities, Position
+from pubsub_facade.backends.base import Backlog, Capabilities, Finding, Position
 from pubsub_facade.client import GRACE, AsyncPubSub, Ending
 from pubsub_facade.consumer import WINDOW
 from pubsub_facade.dead_letters import DeadLetters
@@ -174,7 +174,6 @@ class PubSub:
     def __init__(self, settings: Settings | None = None, *, url: str | None = None, **overrides: Any) -> None:
         self._client = AsyncPubSub(settings, url=url, **overrides)
         self._pid = os.getpid()
-        self._lock = threading.Lock()
         self._used = False
         self.settings = self._client.settings
         self.capabilities: Capabilities = self._client.capabilities
@@ -354,6 +353,10 @@ class PubSub:
     def ping(self) -> None:
         """One round trip to the broker. Raises ConnectionFailed or ConnectionLost where there is none."""
         self._call(self._here().ping())
+
+    def diagnose(self) -> list[Finding]:
+        """What the broker's settings mean for reliability, and what to mend. See `AsyncPubSub.diagnose`."""
+        return self._call(self._here().diagnose())
 
     @property
     def left(self) -> int:
