@@ -483,6 +483,36 @@ async def test_rebalances_under_load_lose_nothing_repeat_nothing_and_keep_order(
         assert [key for key, numbers in seen.items() if numbers != sorted(numbers)] == []
 
 
+async def test_what_waits_in_a_member_goes_to_another_and_is_not_handled_twice(bench: Bench) -> None:
+    seen: list[int] = []
+
+    async def handle(number: int) -> None:
+        seen.append(number)
+        await asyncio.sleep(0.3)
+
+    async def member() -> None:
+        client = bench.client()
+        client.subscriber("social.x", subscription="s")(handle)
+        await client.start()
+
+    publisher = bench.client()
+    await publisher.declare("social.x", subscription="s")
+    await publisher.publish_many(Message("social.x", number, key=str(number)) for number in range(45))
+    await member()  # its window takes all 45, which is more than it handles while a rebalance waits for it
+
+    async def begun() -> bool:
+        return bool(seen)
+
+    await eventually(begun, "the first is handled")
+    await member()
+
+    async def all_seen() -> bool:
+        return set(seen) == set(range(45)) and (await publisher.backlog("s")).in_flight == 0
+
+    await eventually(all_seen, "all are handled")
+    assert sorted(seen) == list(range(45))
+
+
 async def test_the_commit_stays_below_what_is_not_settled_and_the_rest_does_not_come_again(
     bench: Bench,
 ) -> None:
