@@ -159,9 +159,8 @@ class ActivemqReceiver(Receiver):
 
     async def _link(self, client_id: str | None) -> Link:
         link = await self._home.session.connect(client_id)
-        if (
-            self._closed
-        ):  # meanwhile; nobody else would close it, and its client-id would keep all members away
+        if self._closed:
+            # Meanwhile: nobody else would close it, and its client-id would keep all members away.
             await link.close()
             raise ConnectionLost("activemq: this member has left")
         link.on_messages = self._take

@@ -37,7 +37,7 @@ class Record:
 
     definition: Definition
     places: tuple[str, ...]
-    lives: tuple[str, ...]
+    lives: tuple[str, ...] = ()
     _owners: dict[str, str | None] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
