@@ -118,7 +118,7 @@ class Topics:
         wanted = {spec[0]: spec for spec in specs}
         refused: set[str] = set()
         for pause in backoff(CREATE_PATIENCE):
-            rows = [
+            rows: list[Any] = [
                 (name, count, copies, [], list(configs.items()))
                 for name, count, copies, configs in wanted.values()
             ]

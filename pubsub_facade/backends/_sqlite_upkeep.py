@@ -45,7 +45,7 @@ class Upkeep:
     def others_wrote(self, store: Store) -> bool:
         """Whether another process committed since the last call."""
         version = store.one("PRAGMA data_version")
-        changed = version != self._version
+        changed: bool = version != self._version
         self._version = version
         return changed
 
