@@ -184,6 +184,21 @@ async def test_foreign_headers_of_any_type_are_read(desk: Desk) -> None:
         await nothing_more(stream)
 
 
+async def test_a_message_that_comes_before_its_time_waits_for_it(desk: Desk) -> None:
+    """How delays work that are longer than a message can live in a queue: it is parked until the rest is over."""
+    pubsub, raw = await desk.client(), desk.raw()
+    async with pubsub.subscribe("social.#", subscription="analytics") as stream:
+        due = time.time() + 2.5
+        properties = pika.BasicProperties(headers={"pubsub-due": repr(due)})
+        raw.basic_publish(desk.namespace, "social.post", b"later", properties)
+        sent = await pubsub.publish("social.post", "now")
+        (first,) = await receive(stream, 1)
+        assert first.id == sent.id
+        (late,) = await receive(stream, 1)
+        assert (late.body, late.topic, late.attempt) == (b"later", "social.post", 1)
+        assert time.time() > due - 1, "clocks may differ by a second"
+
+
 # -- what is on the broker -------------------------------------------------------------------------
 
 
