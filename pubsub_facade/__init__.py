@@ -1,6 +1,6 @@
 """One publish/subscribe API over RabbitMQ, Kafka, ActiveMQ and an embedded default, with one contract everywhere."""
 
-from pubsub_facade.backends.base import Backlog, Capabilities
+from pubsub_facade.backends.base import Backlog, Capabilities, Finding
 from pubsub_facade.client import AsyncPubSub
 from pubsub_facade.dead_letters import DeadLetters
 from pubsub_facade.errors import (
@@ -42,6 +42,7 @@ __all__ = [
     "Delivery",
     "Failure",
     "FilterError",
+    "Finding",
     "HeaderValue",
     "Message",
     "MessageError",

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, Final, Self, TypeVar
 
 from pubsub_facade.backends import create
-from pubsub_facade.backends.base import Backend, Backlog, Capabilities, Position
+from pubsub_facade.backends.base import Backend, Backlog, Capabilities, Finding, Position
 from pubsub_facade.codec import encode
 from pubsub_facade.consumer import WINDOW, Consumer
 from pubsub_facade.dead_letters import DeadLetters
@@ -402,6 +402,10 @@ class AsyncPubSub:
         except Exception as error:
             await self._supervisor.lost(epoch, error)
             raise
+
+    async def diagnose(self) -> list[Finding]:
+        """What the broker's settings mean for reliability, and what to mend; as ``pubsub doctor`` shows it."""
+        return await self._run(lambda backend: backend.diagnose())
 
     @property
     def state(self) -> State:

@@ -19,6 +19,12 @@ from pubsub_facade.errors import PubSubError
 from pubsub_facade.settings import ActivemqSettings
 
 TIMEOUT: Final = 10.0  # s for one request
+USAGES: Final = (
+    "StorePercentUsage",
+    "MemoryPercentUsage",
+    "TempPercentUsage",
+    "JobSchedulerStorePercentUsage",
+)
 _BROKER: Final = "org.apache.activemq:type=Broker,brokerName=*"
 
 
@@ -68,6 +74,18 @@ class Jolokia:
             sum(each["PendingQueueSize"] for each in chosen),
             sum(each["MessageCountAwaitingAcknowledge"] for each in chosen),
         )
+
+    async def broker(self) -> dict[str, Any]:
+        """Whether the broker is persistent, and how much of each limit is used, in per cent."""
+        found = await self._read(_BROKER, "Persistent", *USAGES)
+        return next(iter(found), {})
+
+    async def duplicates(self) -> int:
+        """Messages of topics that the broker took for duplicates since it was started, and dropped."""
+        found = await self._read(
+            f"{_BROKER},destinationType=Topic,destinationName=*", "DuplicateFromStoreCount"
+        )
+        return sum(each.get("DuplicateFromStoreCount") or 0 for each in found)
 
     async def remove_queue(self, name: str) -> None:
         """Remove a queue and what it holds; one that is not there is no error."""

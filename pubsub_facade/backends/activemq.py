@@ -15,13 +15,14 @@ from contextlib import contextmanager
 from typing import Final
 
 from pubsub_facade import wire
+from pubsub_facade.backends._activemq_doctor import examine_artemis, examine_classic
 from pubsub_facade.backends._activemq_forms import Artemis, Durable, Form, Virtual, everything
 from pubsub_facade.backends._activemq_receiver import ActivemqReceiver
 from pubsub_facade.backends._activemq_record import Record, places_for
 from pubsub_facade.backends._activemq_session import Session, store
 from pubsub_facade.backends._activemq_wire import RECORD, Letter, MessageCodec, foreign_id
 from pubsub_facade.backends._stomp import BrokerRefused, Link
-from pubsub_facade.backends.base import Backend, Backlog, Capabilities, Receiver
+from pubsub_facade.backends.base import Backend, Backlog, Capabilities, Finding, Receiver
 from pubsub_facade.errors import (
     AuthenticationFailed,
     ConnectionFailed,
@@ -237,6 +238,10 @@ class ActivemqBackend(Backend):
         if record is None:
             return Backlog(0, 0, 0, None) if self.capabilities.backlog else Backlog(None, None, None, None)
         return await self.form.count(self.session, subscription, record.places)
+
+    async def diagnose(self) -> list[Finding]:
+        examine = examine_artemis if self.section.flavor == "artemis" else examine_classic
+        return await examine(self.session, self.form, self.section)
 
     # -- dead letters -----------------------------------------------------------------------------
 

@@ -74,6 +74,22 @@ class Backlog:
     oldest: float | None
 
 
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that `Backend.diagnose` looked at.
+
+    Arguments:
+        level: ``problem``: a promise of the contract does not hold as things are; ``warning``: it may not,
+            or only at a price; ``ok``: it does.
+        what: what was found.
+        mend: what to do about it; "" where it is ok.
+    """
+
+    level: Literal["ok", "warning", "problem"]
+    what: str
+    mend: str = ""
+
+
 class Timer(Protocol):
     """What can be called off until it has rung."""
 
@@ -232,6 +248,13 @@ class Backend(ABC):
     @abstractmethod
     async def discard(self, subscription: str, ids: Collection[str] | None) -> int:
         """Remove dead letters by message id (None: all); returns how many were removed."""
+
+    async def diagnose(self) -> list[Finding]:
+        """Look at what reliability needs of the broker, which is open; leaves nothing behind.
+
+        Raises as `inspect`; what the broker does not let us see is a finding, too.
+        """
+        return []
 
     async def seek(self, subscription: str, to: Position) -> None:
         """Move a subscription in its history. Only called where ``capabilities.replay``."""

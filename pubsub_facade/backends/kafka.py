@@ -30,6 +30,7 @@ from pubsub_facade.backends._kafka_cluster import (
     check_rights,
 )
 from pubsub_facade.backends._kafka_dead import DeadLetterTopic
+from pubsub_facade.backends._kafka_doctor import examine
 from pubsub_facade.backends._kafka_names import Names
 from pubsub_facade.backends._kafka_partition import Progress
 from pubsub_facade.backends._kafka_pins import places
@@ -39,7 +40,7 @@ from pubsub_facade.backends._kafka_records import TP, Outgoing, dead_letter, dec
 from pubsub_facade.backends._kafka_registry import Ends, Entry, Move, Registry
 from pubsub_facade.backends._kafka_shelf import Shelf
 from pubsub_facade.backends._kafka_topics import Spec, Topics
-from pubsub_facade.backends.base import Backend, Backlog, Capabilities, Position, Receiver
+from pubsub_facade.backends.base import Backend, Backlog, Capabilities, Finding, Position, Receiver
 from pubsub_facade.errors import (
     AuthenticationFailed,
     ConfigError,
@@ -414,6 +415,10 @@ class KafkaBackend(Backend):
 
     async def discard(self, subscription: str, ids: Collection[str] | None) -> int:
         return await self._dead_letters(subscription).discard(ids)
+
+    async def diagnose(self) -> list[Finding]:
+        timeout = self.settings.connect_timeout
+        return await examine(self._open.cluster, self._names, self.settings.kafka, timeout)
 
     async def seek(self, subscription: str, to: Position) -> None:
         shared = self._open

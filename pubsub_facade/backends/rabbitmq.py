@@ -22,11 +22,12 @@ from pubsub_facade.backends import _rabbitmq_names as named
 from pubsub_facade.backends import _rabbitmq_wire as mapping
 from pubsub_facade.backends._rabbitmq_confirms import Confirms, Outcome, Outgoing
 from pubsub_facade.backends._rabbitmq_dead import DeadLetterQueues
+from pubsub_facade.backends._rabbitmq_doctor import examine
 from pubsub_facade.backends._rabbitmq_link import NOT_FOUND, Channel, ChannelClosed, Link, connect
 from pubsub_facade.backends._rabbitmq_names import LEVELS, Arguments, Names, Record, level_for
 from pubsub_facade.backends._rabbitmq_receiver import RabbitmqReceiver
 from pubsub_facade.backends._rabbitmq_topology import Topology
-from pubsub_facade.backends.base import Backend, Backlog, Capabilities, Receiver
+from pubsub_facade.backends.base import Backend, Backlog, Capabilities, Finding, Receiver
 from pubsub_facade.errors import (
     AuthenticationFailed,
     ConfigError,
@@ -402,6 +403,16 @@ class RabbitmqBackend(Backend):
             self._topology.noticed(record)
         for receiver in self._receivers:
             receiver.learn(record)
+
+    async def diagnose(self) -> list[Finding]:
+        hashes = await self._can_hash()
+        link = await self._connect("diagnosing")
+        try:
+            return await examine(
+                link, self._namespace, Arguments(self._own.replicas), self._own.ordered_queues, hashes
+            )
+        finally:
+            await link.leave()
 
     # -- dead letters -----------------------------------------------------------------------------
 

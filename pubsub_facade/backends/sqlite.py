@@ -16,12 +16,13 @@ from datetime import datetime
 from functools import partial
 from typing import Any, Final
 
+from pubsub_facade.backends._sqlite_doctor import examine
 from pubsub_facade.backends._sqlite_letters import discard, last_letter, letters
 from pubsub_facade.backends._sqlite_operations import Copy, Send, Turn, resolver
 from pubsub_facade.backends._sqlite_schema import SUSPECT
 from pubsub_facade.backends._sqlite_store import Claimed, Store, failure_of, unpack
 from pubsub_facade.backends._sqlite_writer import Writer
-from pubsub_facade.backends.base import Backend, Backlog, Capabilities, Position, Receiver
+from pubsub_facade.backends.base import Backend, Backlog, Capabilities, Finding, Position, Receiver
 from pubsub_facade.errors import ConnectionLost, PubSubError, SendFailed
 from pubsub_facade.message import NO_HEADERS, Delivery, Message
 from pubsub_facade.settings import Settings
@@ -188,6 +189,10 @@ class SqliteBackend(Backend):
         chosen = None if ids is None else list(ids)
         count: int = await self._do(lambda store: discard(store, subscription, chosen))
         return count
+
+    async def diagnose(self) -> list[Finding]:
+        self._use()
+        return await asyncio.to_thread(examine, self.settings.sqlite)
 
     async def seek(self, subscription: str, to: Position) -> None:
         since: float | None = None  # "end": nothing that is there

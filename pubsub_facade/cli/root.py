@@ -19,6 +19,7 @@ COMMANDS: Final = {
     "run": "run",
     "config": "config",
     "ping": "subscriptions",
+    "doctor": "doctor",
     "declare": "subscriptions",
     "delete": "subscriptions",
     "backlog": "subscriptions",
