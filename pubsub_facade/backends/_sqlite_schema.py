@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Final
 
@@ -19,6 +21,11 @@ from pubsub_facade.settings import SqliteSettings
 APPLICATION_ID: Final = 0x70756273  # "pubs"
 VERSION: Final = 1
 OLDEST_SQLITE: Final = (3, 33, 0)  # UPDATE ... FROM
+
+if (
+    (3, 12) <= sys.version_info < (3, 12, 4)
+):  # these took numbered placeholders for named ones, and complained
+    warnings.filterwarnings("ignore", r"Binding \d+ \('\?\d+'\) is a named parameter", DeprecationWarning)
 
 READY, SUSPECT, PARKED, CLAIMED = range(4)
 """States of a delivery; a suspect is one that was in hand when a process died."""
