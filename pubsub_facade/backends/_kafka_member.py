@@ -48,8 +48,8 @@ class NotAMember(Exception):
 class Owner(Protocol):
     """Whom a membership tells."""
 
-    def topics(self) -> Collection[str]:
-        """The Kafka topics to have partitions of."""
+    async def topics(self) -> Collection[str]:
+        """The Kafka topics to have partitions of, as they are now: another member may have joined for a new one."""
 
     async def assigned(self, tps: Collection[TP]) -> None:
         """These are ours now, and no others. May raise NotAMember or ConnectionLost: the group is joined again."""
@@ -204,8 +204,8 @@ class Membership:
             await asyncio.sleep(pause)
             pause = min(max(0.05, pause * 2), 1.0)
             self._rejoin.clear()
-            topics = sorted(self._owner.topics())
             try:
+                topics = sorted(await self._owner.topics())
                 node = await self._cluster.coordinator(self.group)
                 response = await self._cluster.call(node, self._join_request(topics), self._link)
                 code = response.error_code

@@ -9,27 +9,21 @@ before its copy is stored, and no commit covers what is not settled.
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any, Final
 
-from aiokafka.protocol.admin import DeleteRecordsRequest
-
-from pubsub_facade.backends._kafka_cluster import LATEST, Cluster
+from pubsub_facade.backends._kafka_cluster import LATEST
 from pubsub_facade.backends._kafka_fetch import Fetcher
 from pubsub_facade.backends._kafka_member import Membership, NotAMember
-from pubsub_facade.backends._kafka_names import Names
 from pubsub_facade.backends._kafka_partition import Partition, Progress
 from pubsub_facade.backends._kafka_pins import places
-from pubsub_facade.backends._kafka_producer import Producer
 from pubsub_facade.backends._kafka_records import TP, afresh, decode, encode_dead, encode_retry
-from pubsub_facade.backends._kafka_registry import Entry, Registry
+from pubsub_facade.backends._kafka_registry import Entry
+from pubsub_facade.backends._kafka_shared import Shared
 from pubsub_facade.backends._kafka_shelf import Shelf
-from pubsub_facade.backends._kafka_topics import Topics
 from pubsub_facade.backends.base import Receiver
 from pubsub_facade.errors import ConnectionLost, PubSubError
 from pubsub_facade.message import Delivery
@@ -40,24 +34,10 @@ log = logging.getLogger("pubsub_facade")
 
 COMMIT_EVERY: Final = 0.15  # seconds
 COMMIT_TIMEOUT: Final = 5.0
+JOIN_WAIT: Final = 5.0  # seconds
+FRESH: Final = 0.2  # seconds that the list of topics may be old when we join
 NUDGE: Final = 0.001  # seconds until a little room in the window is filled
-PURGE_EVERY: Final = 1000  # retries handled until their records are deleted
 SUSPECT: Final = 2  # handings without an end, from which on a message is tried with nothing beside it
-
-
-@dataclass(frozen=True)
-class Shared:
-    """What all receivers of one backend share."""
-
-    cluster: Cluster
-    producer: Producer
-    topics: Topics
-    registry: Registry
-    names: Names
-    session_timeout: float
-    rebalance_timeout: float
-    numbers: itertools.count[int]
-    places: dict[str, list[str]]
 
 
 class KafkaReceiver(Receiver):
@@ -94,6 +74,7 @@ class KafkaReceiver(Receiver):
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._settled = asyncio.Event()
+        self._in_group = asyncio.Event()
         self._gone: PubSubError | None = None
         self._closed = False
         self._seen: object = None  # what `look` saw last
@@ -119,14 +100,24 @@ class KafkaReceiver(Receiver):
         """Join, or for an ephemeral subscription: from its return on, nothing published is missed."""
         self._entry()
         if self._group is not None:
-            await self._shared.cluster.refresh(None, age=1.0)
             self._group.start()
+            await self._until_joined()
             return
         await self._shared.cluster.refresh(None)
         await self._shared.registry.refresh()
         tps = self._tps()
         ends = await self._shared.cluster.offsets(dict.fromkeys(tps, LATEST))
         self._hold({tp: Progress(ends.get(tp, 0)) for tp in tps})
+
+    async def _until_joined(self) -> None:
+        """Until we share in the work; where others' handlers keep the group waiting, it goes on behind us."""
+        try:
+            async with asyncio.timeout(JOIN_WAIT):
+                await self._in_group.wait()
+        except TimeoutError:
+            log.debug("%s: the group is not ready yet", self.subscription.label)
+        if self._gone is not None:
+            raise self._gone
 
     # -- what is ours -----------------------------------------------------------------------------
 
@@ -183,8 +174,10 @@ class KafkaReceiver(Receiver):
 
     # -- Owner: what the membership tells ---------------------------------------------------------
 
-    def topics(self) -> Collection[str]:
-        return self._joined if self._tps() else ()
+    async def topics(self) -> Collection[str]:
+        await self._shared.cluster.refresh(None, age=FRESH)
+        self._tps()
+        return self._joined
 
     async def assigned(self, tps: Collection[TP]) -> None:
         entry = self._entry()
@@ -195,6 +188,7 @@ class KafkaReceiver(Receiver):
         starts = await places(self._shared.cluster, self._group.group, retry, tps, entry)
         self._moves = entry.move.number
         self._hold(starts)
+        self._in_group.set()
 
     async def revoke(self) -> None:
         for partition in self._partitions.values():
@@ -220,6 +214,7 @@ class KafkaReceiver(Receiver):
         """`receive` raises this from now on."""
         if self._gone is None:
             self._gone = error
+            self._in_group.set()
             self._wake()
 
     async def _until_idle(self, limit: float) -> None:
@@ -548,20 +543,7 @@ class KafkaReceiver(Receiver):
         except PubSubError as error:
             self.fail(error)
         else:
-            await self._purge(chosen)
-
-    async def _purge(self, partitions: Iterable[Partition]) -> None:
-        """Retries that are handled are deleted: their topic has no other end to them."""
-        for partition in partitions:
-            mark = next(iter(partition.open), partition.position)
-            if partition.topic is None and mark - partition.purged >= PURGE_EVERY:
-                partition.purged = mark
-                topic, number = partition.tp
-                request = DeleteRecordsRequest([(topic, [(number, mark)])], 5000)
-                try:
-                    await self._shared.cluster.call(self._shared.cluster.leader(partition.tp), request)
-                except ConnectionLost as error:
-                    log.debug("%s: handled retries not deleted yet: %s", self.subscription.label, error)
+            await self._shelf.purge(chosen)
 
     async def flush(self) -> None:
         await self._commit_quietly()

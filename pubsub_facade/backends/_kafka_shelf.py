@@ -8,18 +8,24 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import logging
 import time
 from collections.abc import Iterable
 from typing import Any, Final
+
+from aiokafka.protocol.admin import DeleteRecordsRequest
 
 from pubsub_facade.backends._kafka_cluster import Cluster
 from pubsub_facade.backends._kafka_partition import Partition
 from pubsub_facade.backends._kafka_producer import Producer
 from pubsub_facade.backends._kafka_records import TP, Outgoing, again, decode
 from pubsub_facade.backends._kafka_retry import SLACK, place, ready_at
-from pubsub_facade.errors import PubSubError
+from pubsub_facade.errors import ConnectionLost, PubSubError
+
+log = logging.getLogger("pubsub_facade")
 
 WAITING: Final = 500  # retries of one partition that wait in memory
+PURGE_EVERY: Final = 1000  # handled records of a partition until they are deleted
 AGAIN: Final = 1.0  # seconds until what could not be moved on is tried again
 
 
@@ -95,6 +101,19 @@ class Shelf:
         for record, due in records:
             lines.setdefault((self._topic, place(due - now, spread, count)), []).append(record)
         await self._producer.store(lines)
+
+    async def purge(self, partitions: Iterable[Partition]) -> None:
+        """Delete what is handled of these: a retry topic has no other end to its records."""
+        for partition in partitions:
+            mark = next(iter(partition.open), partition.position)
+            if partition.tp[0] != self._topic or mark - partition.purged < PURGE_EVERY:
+                continue
+            partition.purged = mark
+            request = DeleteRecordsRequest([(self._topic, [(partition.tp[1], mark)])], 5000)
+            try:
+                await self._cluster.call(self._cluster.leader(partition.tp), request)
+            except ConnectionLost as error:
+                log.debug("%s: handled retries not deleted yet: %s", self._topic, error)
 
     def clear(self) -> None:
         """Forget all: the partitions are given up."""

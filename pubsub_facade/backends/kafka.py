@@ -35,9 +35,10 @@ from pubsub_facade.backends._kafka_names import Names
 from pubsub_facade.backends._kafka_partition import Progress
 from pubsub_facade.backends._kafka_pins import places
 from pubsub_facade.backends._kafka_producer import Producer
-from pubsub_facade.backends._kafka_receiver import KafkaReceiver, Shared
+from pubsub_facade.backends._kafka_receiver import KafkaReceiver
 from pubsub_facade.backends._kafka_records import TP, Outgoing, dead_letter, decode, encode, encode_retry
 from pubsub_facade.backends._kafka_registry import Ends, Entry, Move, Registry
+from pubsub_facade.backends._kafka_shared import Shared
 from pubsub_facade.backends._kafka_shelf import Shelf
 from pubsub_facade.backends._kafka_topics import Spec, Topics
 from pubsub_facade.backends.base import Backend, Backlog, Capabilities, Finding, Position, Receiver
