@@ -18,6 +18,9 @@ from pubsub_facade.errors import AuthenticationFailed, Closed, ConnectionFailed,
 
 log = logging.getLogger("pubsub_facade")
 
+STABLE = 1.0
+"""Seconds that a link must have lived for its loss to be mended at once; a shorter life is a failed attempt."""
+
 State = Literal["idle", "connecting", "connected", "reconnecting", "closed"]
 T = TypeVar("T")
 
@@ -41,6 +44,7 @@ class Supervisor:
         self._attempt: asyncio.Task[None] | None = None
         self._not_before = 0.0  # time.monotonic() of the next attempt at the earliest
         self._delay = minimum
+        self._connected_at = 0.0
         self._listeners: list[Callable[[State], None]] = []
         self._last_error: ConnectionFailed | None = None
 
@@ -121,19 +125,27 @@ class Supervisor:
             if self._last_error is None or str(self._last_error) != str(error):
                 log.warning("%s: %s", self.backend.name, error)
             self._last_error = error
-            self._not_before = time.monotonic() + self._delay * random.uniform(0.5, 1)
-            self._delay = min(self._delay * 2, self._maximum)
+            self._put_off()
             raise error from raised
         self._epoch += 1
         self._last_error = None
-        self._delay = self._minimum
+        self._connected_at = time.monotonic()
         self._change("connected")
+
+    def _put_off(self) -> None:
+        """The next attempt comes later than the one before."""
+        self._not_before = time.monotonic() + self._delay * random.uniform(0.5, 1)
+        self._delay = min(self._delay * 2, self._maximum)
 
     async def lost(self, epoch: int, error: BaseException) -> None:
         """Report that the link of ``epoch`` is gone: it is closed, and the next who needs it connects again."""
         if epoch != self._epoch or self.state != "connected":
             return
         log.warning("%s: connection lost: %s", self.backend.name, error)
+        if time.monotonic() - self._connected_at < STABLE:
+            self._put_off()
+        else:
+            self._delay = self._minimum
         self._change("reconnecting")
         await asyncio.shield(self._begin(self.backend.close()))
 

@@ -103,8 +103,11 @@ class Writer:
             raise
 
     def submit(self, operation: Operation) -> None:
-        """Have it done; on the loop."""
-        self._queue.put(operation)
+        """Have it done; on the loop. Once the thread was told to end it is refused, or nobody would answer."""
+        if self._stopping:
+            operation.done(ConnectionLost(f"sqlite: {self._name} was closed"))
+        else:
+            self._queue.put(operation)
 
     async def call(self, function: Callable[[Store], Any], *, transaction: bool) -> Any:
         """Run ``function(store)`` in the thread. Raises what it raises, or ConnectionLost."""

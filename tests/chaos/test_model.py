@@ -32,13 +32,17 @@ def hold_against_the_model(make: Callable[[str], Settings], examples: int, steps
 
 def test_memory_does_what_the_model_says() -> None:
     hold_against_the_model(
-        lambda namespace: Settings(url=f"memory://{namespace}", namespace=namespace), 60, 60
+        lambda namespace: Settings(url=f"memory://{namespace}", namespace=namespace, reconnect_max=0.05),
+        60,
+        60,
     )
 
 
 def test_sqlite_does_what_the_model_says(tmp_path: Path) -> None:
     hold_against_the_model(
-        lambda namespace: Settings(backend="sqlite", namespace=namespace, sqlite={"path": tmp_path / "m.db"}),
+        lambda namespace: Settings(
+            backend="sqlite", namespace=namespace, reconnect_max=0.05, sqlite={"path": tmp_path / "m.db"}
+        ),
         25,
         50,
     )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from typing import Any
 
 import pytest
 
-from pubsub_facade import AuthenticationFailed, Closed, ConnectionFailed, ConnectionLost
+from pubsub_facade import AsyncPubSub, AuthenticationFailed, Closed, ConnectionFailed, ConnectionLost
 from pubsub_facade.supervisor import Supervisor
 
 
@@ -176,3 +177,14 @@ async def test_the_same_failure_is_one_log_line(caplog: pytest.LogCaptureFixture
         await supervisor.ready()
     lines = [record.getMessage() for record in caplog.records]
     assert lines == ["fake: away", "fake: still away", "fake: connected"]
+
+
+async def test_links_that_die_young_are_made_again_less_and_less_often() -> None:
+    pubsub = AsyncPubSub(url="memory://young", reconnect_min=0.02, reconnect_max=0.5)
+    supervisor = pubsub._supervisor
+    end = time.monotonic() + 1.0
+    while time.monotonic() < end:
+        await supervisor.ready()
+        await supervisor.lost(supervisor.epoch, ConnectionLost("gone at once"))
+    assert 3 <= supervisor.attempts <= 12, "a link that opens and dies must not be a hot loop"
+    await pubsub.close()
