@@ -134,10 +134,12 @@ def places_for(patterns: Sequence[str], *, ordered: bool) -> list[str]:
     Arguments:
         ordered: one place only, so that one line keeps the order over all topics.
     """
-    wanted = list(dict.fromkeys(map(cover_of, patterns)))
-    needed = [
-        each for each in wanted if not any(other != each and covers(other, each) for other in wanted)
-    ] or wanted[:1]
+    needed: list[str] = []
+    for cover in map(cover_of, patterns):
+        if not any(
+            covers(other, cover) for other in needed
+        ):  # one of two that mean the same stays: # and *.#
+            needed = [other for other in needed if not covers(cover, other)] + [cover]
     if len(needed) > (1 if ordered else MAX_PLACES):
         return [cover_of(together(needed))]
     return needed

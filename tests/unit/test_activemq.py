@@ -6,7 +6,7 @@ import itertools
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from stomp import utils
 
@@ -90,6 +90,7 @@ def test_a_cover_means_all_of_its_pattern_and_ends_at_its_first_many(pattern: st
 
 
 @given(st.lists(PATTERNS, min_size=1, max_size=12), st.booleans())
+@example(["a", "#", "*.#"], False)
 def test_places_cover_every_pattern(patterns: list[str], ordered: bool) -> None:
     places = places_for(patterns, ordered=ordered)
     assert len(places) <= (1 if ordered else 8)
