@@ -7,7 +7,7 @@ import hashlib
 import os
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from brokers import java, probe
 from brokers.broker import CONF, Broker, BrokerError
@@ -17,6 +17,9 @@ class Kafka(Broker):
     """One node; ``extra`` lines may make it one of several (``node.id``, ``controller.quorum.voters``)."""
 
     name = "kafka"
+    format_options: Sequence[str] = ()
+    """Further ones of the tool that prepares the empty store, such as ``--add-scram``."""
+
     cluster = base64.urlsafe_b64encode(hashlib.md5(b"pubsub-facade").digest()).decode().rstrip("=")
 
     @property
@@ -58,7 +61,7 @@ class Kafka(Broker):
         """Write the cluster's id into the empty data directory."""
         command = java.command(
             "kafka", "kafka.tools.StorageTool", "format", "-t", self.cluster, "-c", self._properties,
-            options=["-XX:TieredStopAtLevel=1"],
+            *self.format_options, options=["-XX:TieredStopAtLevel=1"],
         )  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=False)
         if done.returncode != 0:

@@ -16,10 +16,10 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509 import load_pem_x509_certificate
 
-from brokers import native
 from brokers.broker import PASSWORD, STATE, USER, Broker
 from brokers.ports import DEFAULTS
 from pubsub_facade.testing.faults import free_port
+from tests.integration.guarded import GUARDED, KAFKA_LINES, add_users
 
 SECRET: Final = "keystore-secret"
 
@@ -82,7 +82,7 @@ class Secured:
     def __init__(self, name: str) -> None:
         self.name = name
         directory = STATE / f"tls-{name}"
-        cls = native.BROKERS[name]
+        cls = GUARDED[name]
         cls(directory).remove()
         self.certificates = Certificates.make(directory / "tls")
         self.port, self.mutual_port = free_port(), free_port()
@@ -91,6 +91,7 @@ class Secured:
         extra, listeners = getattr(self, f"_{name}")(ports)
         self.broker: Broker = cls(directory, ports, extra=extra, listeners=listeners)
         self.broker.start()
+        add_users(self.broker)
         self.plain_port = self.broker.ports[{"rabbitmq": "amqp", "kafka": "client"}.get(name, "stomp")]
 
     def settings(self, port: int, tls: Mapping[str, Any], **section: Any) -> dict[str, Any]:
@@ -125,7 +126,6 @@ class Secured:
         files = self.certificates
         plain, controller = ports["client"], ports["controller"]
         self.sasl_port = free_port()
-        jaas = "org.apache.kafka.common.security"
         return [
             f"listeners=PLAINTEXT://127.0.0.1:{plain},CONTROLLER://127.0.0.1:{controller},"
             f"TLS://127.0.0.1:{self.port},MUTUAL://127.0.0.1:{self.mutual_port},SASL://127.0.0.1:{self.sasl_port}",
@@ -137,11 +137,7 @@ class Secured:
             "ssl.truststore.type=PEM",
             f"ssl.truststore.location={files.ca}",
             "listener.name.mutual.ssl.client.auth=required",
-            "sasl.enabled.mechanisms=PLAIN,SCRAM-SHA-256,SCRAM-SHA-512",
-            f"listener.name.sasl.plain.sasl.jaas.config={jaas}.plain.PlainLoginModule required "
-            f'user_{USER}="{PASSWORD}";',
-            f"listener.name.sasl.scram-sha-256.sasl.jaas.config={jaas}.scram.ScramLoginModule required;",
-            f"listener.name.sasl.scram-sha-512.sasl.jaas.config={jaas}.scram.ScramLoginModule required;",
+            *KAFKA_LINES,
         ], []
 
     def _activemq(self, ports: Mapping[str, int]) -> tuple[list[str], list[str]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import socket
 import ssl
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,18 +12,6 @@ import pytest
 from brokers.broker import PASSWORD, USER
 from pubsub_facade import AsyncPubSub, AuthenticationFailed, ConnectionFailed, Settings
 from tests.integration.secured import Secured
-
-BROKERS = [
-    pytest.param(name, marks=pytest.mark.broker(name))
-    for name in ("rabbitmq", "kafka", "activemq", "artemis")
-]
-
-
-@pytest.fixture(scope="module", params=BROKERS)
-def secured(request: pytest.FixtureRequest) -> Iterator[Secured]:
-    broker = Secured(request.param)
-    yield broker
-    broker.broker.remove()
 
 
 async def round_trip(settings: dict[str, Any]) -> None:
@@ -122,19 +109,33 @@ async def test_a_wrong_password_is_an_authentication_error(secured: Secured) -> 
     assert USER in str(caught.value)
 
 
-@pytest.mark.parametrize("mechanism", ["PLAIN"])
-async def test_sasl_lets_a_known_user_in(secured: Secured, mechanism: str) -> None:
-    if secured.name != "kafka":
-        pytest.skip("SASL mechanisms are Kafka's; the others' user and password are in every other case")
-    await round_trip(
-        secured.settings(
-            secured.sasl_port,
-            {"ca": secured.certificates.ca},
-            username=USER,
-            password=PASSWORD,
-            sasl_mechanism=mechanism,
-        )
+sasl = pytest.mark.parametrize("mechanism", ["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"])
+only_kafka = pytest.mark.parametrize(
+    "secured", [pytest.param("kafka", marks=pytest.mark.broker("kafka"))], indirect=True
+)
+
+
+def by_sasl(secured: Secured, mechanism: str, password: str) -> dict[str, Any]:
+    tls = {"ca": secured.certificates.ca}
+    return secured.settings(
+        secured.sasl_port, tls, username=USER, password=password, sasl_mechanism=mechanism
     )
+
+
+@only_kafka
+@sasl
+async def test_sasl_lets_a_known_user_in(secured: Secured, mechanism: str) -> None:
+    await round_trip(by_sasl(secured, mechanism, PASSWORD))
+
+
+@only_kafka
+@sasl
+async def test_sasl_keeps_a_wrong_password_out(secured: Secured, mechanism: str) -> None:
+    async with AsyncPubSub(Settings(**by_sasl(secured, mechanism, "wrong-password"))) as pubsub:
+        with pytest.raises(AuthenticationFailed) as caught:
+            await pubsub.ping()
+    assert "wrong-password" not in str(caught.value)
+    assert mechanism in str(caught.value)
 
 
 async def test_an_expired_certificate_is_refused(secured: Secured) -> None:
