@@ -78,6 +78,13 @@ class _LoopThread:
         asyncio.set_event_loop(self.loop)
         self.loop.run_forever()
 
+    def end(self) -> None:
+        """At the interpreter's exit: nothing is called any more."""
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join(1)
+        if not self._thread.is_alive():
+            self.loop.close()
+
     def check_caller(self) -> None:
         """Refuse calls that would wait for the thread they run on."""
         if threading.current_thread() is self._thread:
@@ -159,10 +166,16 @@ os.register_at_fork(after_in_child=_forked)
 @atexit.register
 def _flush_at_exit() -> None:
     for client in list(_clients):
+        if not client._used:  # nothing is open, and Python 3.12 starts no thread any more to close it on
+            continue
         try:
             client.close(EXIT_GRACE)
         except PubSubError as error:
             log.error("at exit: %s", error)
+    global _thread
+    thread, _thread = _thread, None
+    if thread is not None:
+        thread.end()
 
 
 class PubSub:
