@@ -133,12 +133,10 @@ def test_kafka_records_of_any_kind_are_read(
         headers=headers,
         key=key,
         value=b"x",
-        topic="t",
-        partition=0,
         offset=7,
         timestamp=timestamp % (1 << 50),
     )
-    envelope = _kafka_records.decode(record, own=own)
+    envelope = _kafka_records.decode(record, ("t", 0), own=own)
     envelope.topic = envelope.topic or "a"
     sound(envelope)
     if not own:

@@ -20,7 +20,9 @@ def _isolated(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run(pytester: pytest.Pytester, text: str, *options: str, mode: str = "auto") -> pytest.RunResult:
     pytester.makeini(
-        f"[pytest]\nasyncio_mode={mode}\nasyncio_default_fixture_loop_scope=function\nfilterwarnings=error\n"
+        f"[pytest]\nasyncio_mode={mode}\nasyncio_default_fixture_loop_scope=function\nfilterwarnings=\n"
+        "    error\n"
+        "    ignore:Binding .* is a named parameter:DeprecationWarning\n"  # Python 3.12.0 to 3.12.3, see pyproject
     )
     pytester.makepyfile(text)
     return pytester.runpytest_inprocess(*CALM, *options)
