@@ -12,7 +12,7 @@ IN := .venv/bin/python
 BROKER := $(patsubst activemq-virtual,activemq,$(filter-out sqlite,$(BACKEND)))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install-brokers brokers brokers-down demo check test test-all test-stress test-unit test-pythons bench chaos soak docs
+.PHONY: help venv install-brokers brokers brokers-down demo check test test-all test-stress test-clusters test-unit test-pythons bench chaos soak docs
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -48,11 +48,14 @@ check: venv ## format, lint, types
 
 test: test-all test-stress ## every test, then the suite in parallel; a broker in BROKERS that does not start fails the run
 
-test-all: venv ## every test, on every broker in BROKERS
-	BROKERS="$(BROKERS)" $(IN) -m brokers run "$(BROKERS)" -- $(IN) -m pytest $(PYTEST_ARGS)
+test-all: venv ## every test but those of clusters, on every broker in BROKERS
+	BROKERS="$(BROKERS)" $(IN) -m brokers run "$(BROKERS)" -- $(IN) -m pytest -m "not cluster" $(PYTEST_ARGS)
 
 test-stress: venv ## the conformance suite on each backend, four cases at once
 	BROKERS="$(BROKERS)" $(IN) -m brokers run "$(BROKERS)" -- $(IN) -m pytest -m conformance -n 4 $(PYTEST_ARGS)
+
+test-clusters: venv ## three RabbitMQ nodes, three Kafka brokers, a Classic pair: nodes come and go
+	BROKERS="$(BROKERS)" $(IN) -m pytest tests/chaos/test_clusters.py $(PYTEST_ARGS)
 
 test-unit: venv ## the tests that need no broker
 	$(IN) -m pytest tests/unit $(PYTEST_ARGS)

@@ -48,6 +48,7 @@ def pytest_configure(config: pytest.Config) -> None:
         name
     ) in known_backends():  # here, not within a test: rewriting asserts in deep recursion crashes Python 3.11
         backend_class(name)
+    config.addinivalue_line("markers", "cluster: three nodes of a broker at once: make test-clusters")
     config.addinivalue_line("markers", "conformance: a case of the conformance suite")
 
 

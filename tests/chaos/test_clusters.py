@@ -10,6 +10,7 @@ import pytest
 from tests.chaos import clusters, scenario
 
 
+@pytest.mark.cluster
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize(
     "form", [pytest.param(form, marks=pytest.mark.broker(form)) for form in clusters.CLUSTERS]
