@@ -82,6 +82,7 @@ class ActivemqReceiver(Receiver):
         self._renewing: asyncio.Task[None] | None = None
         self._noticed = False  # since the last record was asked for, somebody changed it
         self._outdated = False  # the record in hand is known to be old: nothing is judged by it
+        self._adding = asyncio.Lock()
         self._lost: ConnectionLost | None = None
         self._closed = False
 
@@ -127,12 +128,14 @@ class ActivemqReceiver(Receiver):
 
     async def _add_places(self, record: Record) -> None:
         """Receive from places not received from yet; on Classic each needs a link with an identity of its own."""
-        known = {source.cover for source in self._sources.values()}
-        for cover in record.places:
-            if cover not in known:
-                client_id = self._home.form.client_id(self.subscription.label, cover)
-                link = self._links[0] if client_id is None else await self._claim(client_id)
-                await self._receive_from(link, cover, self._from_place(cover))
+        # A notice may come while we join: without the lock one would wait for the other's link for ever.
+        async with self._adding:
+            known = {source.cover for source in self._sources.values()}
+            for cover in record.places:
+                if cover not in known:
+                    client_id = self._home.form.client_id(self.subscription.label, cover)
+                    link = self._links[0] if client_id is None else await self._claim(client_id)
+                    await self._receive_from(link, cover, self._from_place(cover))
 
     async def _claim(self, client_id: str) -> Link:
         """A link for a further place. Who is active has the first one: another holds this only while it declares."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -12,6 +13,8 @@ from pubsub_facade import ConnectionLost, Settings
 from pubsub_facade.backends._activemq_forms import Durable
 from pubsub_facade.backends._activemq_receiver import ActivemqReceiver, Home
 from pubsub_facade.backends._activemq_record import Record
+from pubsub_facade.backends._activemq_wire import MessageCodec
+from pubsub_facade.backends._stomp import ClientBusy, Frame
 from pubsub_facade.subscription import Definition, Subscription
 
 
@@ -23,8 +26,13 @@ class FakeLink:
     async def close(self) -> None:
         self.closed = True
 
+    on_messages: Callable[[list[Frame]], None]
+
     async def ask(self, command: str, headers: dict[str, Any]) -> None:
-        return
+        """Whoever listens to notices gets one at once."""
+        if headers["destination"].endswith("$notice"):
+            notice = ({"subscription": headers["id"]}, b"audit")
+            asyncio.get_running_loop().call_soon(self.on_messages, [notice])
 
 
 async def test_a_link_that_is_made_while_its_member_leaves_is_closed() -> None:
@@ -56,3 +64,33 @@ async def test_a_link_that_is_made_while_its_member_leaves_is_closed() -> None:
     with pytest.raises(ConnectionLost):
         await asyncio.wait_for(joining, 5)
     assert link.closed
+
+
+async def test_a_notice_that_comes_while_joining_does_not_lock_the_member_out() -> None:
+    """Both want a link for each place, and the broker gives one at a time to a client-id."""
+    held: set[str | None] = set()
+    subscription = Subscription("audit", ("a.*", "b.#"))
+    record = Record(Definition.first(subscription, 0.0), ("a.*", "b.#"), ())
+
+    async def connect(client_id: str | None) -> FakeLink:
+        await asyncio.sleep(0)
+        if client_id in held:
+            raise ClientBusy("already connected")
+        held.add(client_id)
+        return FakeLink()
+
+    async def read(name: str) -> Record:
+        return record
+
+    form = Durable(Settings(backend="activemq"))
+    home = SimpleNamespace(
+        session=SimpleNamespace(connect=connect),
+        form=form,
+        codec=MessageCodec(),
+        record=read,
+        due_lines=lambda _: "x",
+    )
+    receiver = ActivemqReceiver(cast(Home, home), subscription, 10, lambda _: None)
+    await asyncio.wait_for(receiver.join(), 5)
+    await receiver.close()
+    assert held == {form.client_id("audit", cover) for cover in record.places}
