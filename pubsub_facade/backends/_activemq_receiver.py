@@ -114,6 +114,11 @@ class ActivemqReceiver(Receiver):
                 return
 
     async def _attach(self) -> None:
+        # A notice may come while we join: without the lock one would wait for the other's links for ever.
+        async with self._adding:
+            await self._attach_alone()
+
+    async def _attach_alone(self) -> None:
         name = self.subscription.label
         record = await self._read_record()
         first = record.places[0]
@@ -128,14 +133,12 @@ class ActivemqReceiver(Receiver):
 
     async def _add_places(self, record: Record) -> None:
         """Receive from places not received from yet; on Classic each needs a link with an identity of its own."""
-        # A notice may come while we join: without the lock one would wait for the other's link for ever.
-        async with self._adding:
-            known = {source.cover for source in self._sources.values()}
-            for cover in record.places:
-                if cover not in known:
-                    client_id = self._home.form.client_id(self.subscription.label, cover)
-                    link = self._links[0] if client_id is None else await self._claim(client_id)
-                    await self._receive_from(link, cover, self._from_place(cover))
+        known = {source.cover for source in self._sources.values()}
+        for cover in record.places:
+            if cover not in known:
+                client_id = self._home.form.client_id(self.subscription.label, cover)
+                link = self._links[0] if client_id is None else await self._claim(client_id)
+                await self._receive_from(link, cover, self._from_place(cover))
 
     async def _claim(self, client_id: str) -> Link:
         """A link for a further place. Who is active has the first one: another holds this only while it declares."""
@@ -270,7 +273,8 @@ class ActivemqReceiver(Receiver):
                         self._ready.append(delivery)
                     else:
                         self._drop(delivery.tag[0], delivery.tag[1])
-                await self._add_places(record)
+                async with self._adding:
+                    await self._add_places(record)
                 self._wake()
         except PubSubError as error:
             self._cut(error if isinstance(error, ConnectionLost) else ConnectionLost(str(error)))

@@ -19,20 +19,29 @@ from pubsub_facade.subscription import Definition, Subscription
 
 
 class FakeLink:
-    def __init__(self) -> None:
+    """Arguments: ``slow``: part of a destination whose SUBSCRIBE lets everybody else go first."""
+
+    on_messages: Callable[[list[Frame]], None]
+
+    def __init__(self, slow: str = "none") -> None:
         self.lost = None
         self.closed = False
+        self._slow = slow
 
     async def close(self) -> None:
         self.closed = True
-
-    on_messages: Callable[[list[Frame]], None]
 
     async def ask(self, command: str, headers: dict[str, Any]) -> None:
         """Whoever listens to notices gets one at once."""
         if headers["destination"].endswith("$notice"):
             notice = ({"subscription": headers["id"]}, b"audit")
             asyncio.get_running_loop().call_soon(self.on_messages, [notice])
+        await let_others_go(self._slow in headers["destination"])
+
+
+async def let_others_go(really: bool) -> None:
+    for _ in range(50 if really else 0):
+        await asyncio.sleep(0)
 
 
 async def test_a_link_that_is_made_while_its_member_leaves_is_closed() -> None:
@@ -66,18 +75,19 @@ async def test_a_link_that_is_made_while_its_member_leaves_is_closed() -> None:
     assert link.closed
 
 
-async def test_a_notice_that_comes_while_joining_does_not_lock_the_member_out() -> None:
-    """Both want a link for each place, and the broker gives one at a time to a client-id."""
+@pytest.mark.parametrize("slow", ["$retry", "a.*", "b.>"])
+async def test_a_notice_that_comes_while_joining_does_not_lock_the_member_out(slow: str) -> None:
+    """Joining and what a notice begins want a link for each place, and a client-id has one at a time."""
     held: set[str | None] = set()
     subscription = Subscription("audit", ("a.*", "b.#"))
     record = Record(Definition.first(subscription, 0.0), ("a.*", "b.#"), ())
 
     async def connect(client_id: str | None) -> FakeLink:
-        await asyncio.sleep(0)
         if client_id in held:
             raise ClientBusy("already connected")
         held.add(client_id)
-        return FakeLink()
+        await let_others_go(True)
+        return FakeLink(slow)
 
     async def read(name: str) -> Record:
         return record
@@ -92,5 +102,7 @@ async def test_a_notice_that_comes_while_joining_does_not_lock_the_member_out() 
     )
     receiver = ActivemqReceiver(cast(Home, home), subscription, 10, lambda _: None)
     await asyncio.wait_for(receiver.join(), 5)
+    if receiver._renewing is not None:
+        await asyncio.wait_for(asyncio.shield(receiver._renewing), 5)
     await receiver.close()
     assert held == {form.client_id("audit", cover) for cover in record.places}
