@@ -16,7 +16,7 @@ from typing import Any, Final
 from pubsub_facade.backends._activemq_forms import Form
 from pubsub_facade.backends._activemq_jolokia import USAGES, Jolokia
 from pubsub_facade.backends._activemq_session import Session
-from pubsub_facade.backends._stomp import BrokerRefused, Frame, Link
+from pubsub_facade.backends._stomp import Frame, Link
 from pubsub_facade.backends.base import Finding
 from pubsub_facade.errors import ConnectionLost, PubSubError
 from pubsub_facade.settings import ActivemqSettings
@@ -87,7 +87,7 @@ async def _scheduler(session: Session, wanted: bool) -> Finding:
             came = await box.get()
             if isinstance(came, ConnectionLost):
                 raise came
-    except (ConnectionLost, BrokerRefused, TimeoutError) as error:
+    except (PubSubError, TimeoutError) as error:
         why = str(error) or f"it did not come within {LATE:g} s"
         return Finding(
             "problem",
@@ -116,7 +116,7 @@ async def _largest(session: Session, place: dict[str, str], size: int) -> Findin
     try:
         async with _own_link(session) as (link, _), asyncio.timeout(LATE):
             await link.ask("SEND", {**place, "content-length": size}, bytes(size))
-    except (ConnectionLost, BrokerRefused, TimeoutError) as error:
+    except (PubSubError, TimeoutError) as error:
         why = str(error) or f"no answer within {LATE:g} s"
         return Finding(
             "problem",

@@ -14,8 +14,8 @@ from contextlib import asynccontextmanager
 from typing import Any, Final
 
 from pubsub_facade.backends._activemq_wire import Letter
-from pubsub_facade.backends._stomp import Frame, Link, control
-from pubsub_facade.errors import ConnectionLost, PubSubError
+from pubsub_facade.backends._stomp import BrokerRefused, Frame, Link, control
+from pubsub_facade.errors import AuthenticationFailed, ConnectionLost, PubSubError
 from pubsub_facade.settings import Settings
 
 ANSWER: Final = 30.0  # s that the broker may take for an administrative answer
@@ -106,12 +106,17 @@ class Session:
         id = f"box-{next(self._ids)}"
         box: Box = asyncio.Queue()
         self._boxes[id] = box.put_nowait
+        made = True
         try:
-            await link.ask("SUBSCRIBE", {**headers, "id": id})
+            try:
+                await link.ask("SUBSCRIBE", {**headers, "id": id})
+            except (BrokerRefused, AuthenticationFailed):
+                made = False
+                raise
             yield box
         finally:
             self._boxes.pop(id, None)
-            if link.lost is None:
+            if made and link.lost is None:
                 receipt, future = link.receipt()
                 link.write(control("UNSUBSCRIBE", {"id": id, "receipt": receipt}))
                 await link.answer(receipt, future)

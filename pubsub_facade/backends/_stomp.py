@@ -314,10 +314,20 @@ class Link(asyncio.Protocol):
         return id, future
 
     async def ask(self, command: str, headers: Mapping[str, Any], body: bytes = b"") -> None:
-        """Send a control frame and wait for its receipt. Raises BrokerRefused, ConnectionLost."""
+        """Send a control frame and wait for its receipt.
+
+        Raises BrokerRefused, AuthenticationFailed where this user lacks a right, ConnectionLost.
+        """
         id, future = self.receipt()
         self.write(control(command, {**headers, "receipt": id}, body))
-        await self.answer(id, future)
+        try:
+            await self.answer(id, future)
+        except BrokerRefused as error:
+            if error.denied:
+                raise AuthenticationFailed(
+                    f"ActiveMQ at {self.address}: {error}: grant this user the right"
+                ) from error
+            raise
 
     async def answer(self, id: str, future: asyncio.Future[None]) -> None:
         """Wait for a receipt; if the wait is cancelled nobody misses the answer."""
@@ -371,9 +381,11 @@ class Link(asyncio.Protocol):
         # Answers come in order, so it is about something sent before the next receipt. Artemis may go on to
         # commit a transaction without the message it refused: its RECEIPT must not count.
         self._last_error = text
-        for id in self._batches:
-            if not self._receipts[id].done():
-                _fail(self._receipts[id], BrokerRefused(text, sure=False))
+        refused = BrokerRefused(text, sure=False)
+        for id, future in self._receipts.items():
+            # A right that is missing: Artemis ends the link, and it would be asked for again and again.
+            if not future.done() and (id in self._batches or refused.denied):
+                _fail(future, refused)
                 break
 
     def _refusal(self, text: str) -> ConnectionFailed:
