@@ -166,6 +166,8 @@ class SqliteBackend(Backend):
         writer = self._use()
         now = time.time()
         member, route = await self._do(lambda store: store.join(subscription, writer.process, now))
+        if self._writer is not writer:  # left meanwhile, with this member: what it claimed would be nobody's
+            raise ConnectionLost("sqlite: the file was left while this member joined")
         receiver = SqliteReceiver(self, writer, subscription.label, window, member, route.id, route.line)
         self._receivers.append(receiver)
         return receiver
@@ -347,6 +349,9 @@ class SqliteReceiver(Receiver):
     def _turned(self, result: Any, acks: list[int], releases: list[int]) -> None:
         self._turning = False
         if self._error is not None or self._closed:
+            return
+        if isinstance(result, ConnectionLost):  # the client left the file while this member joined
+            self.cut(result)
             return
         if isinstance(result, PubSubError):
             log.log(logging.DEBUG if self._refused else logging.ERROR, "%s", result)
