@@ -9,6 +9,7 @@ Creates no topic by accident.
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 import ssl
 import time
@@ -50,6 +51,14 @@ _REFUSED: Final = (
     kafka_errors.AuthenticationFailedError,
     kafka_errors.ClusterAuthorizationFailedError,
 )
+
+
+def _tells_no_password(record: logging.LogRecord) -> bool:
+    """At level DEBUG aiokafka writes each request as it is; with PLAIN this one holds the password."""
+    return not any(type(argument).__name__.startswith("SaslAuthenticate") for argument in record.args or ())
+
+
+logging.getLogger("aiokafka.conn").addFilter(_tells_no_password)
 
 
 class Cluster:
