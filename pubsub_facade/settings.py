@@ -23,6 +23,7 @@ from pydantic import (
     Field,
     SecretStr,
     ValidationError,
+    field_serializer,
     model_validator,
 )
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
@@ -348,6 +349,10 @@ class Settings(BaseSettings):
         if self.reconnect_min > self.reconnect_max:
             raise ValueError("reconnect_min is above reconnect_max: give min <= max, in seconds")
         return self
+
+    @field_serializer("options", when_used="json")
+    def _mask_options(self, options: dict[str, Any]) -> Any:
+        return masked(options)
 
     def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
         for name, value in super().__repr_args__():
