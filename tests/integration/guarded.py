@@ -48,7 +48,14 @@ class GuardedKafka(Kafka):
 
 
 class GuardedClassic(Classic):
-    """Only the group ``users`` may do anything; the barred user is in none that may."""
+    """Only the group ``users`` may do anything; the barred user is in none that may. Jolokia knows the known user."""
+
+    def _agent(self) -> str:
+        return (
+            super()
+            ._agent()
+            .replace(f"user={USER},password={PASSWORD}", f"user={KNOWN_USER},password={KNOWN}")
+        )
 
     def configure(self) -> None:
         super().configure()
