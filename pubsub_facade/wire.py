@@ -111,7 +111,8 @@ class HeaderCodec:
                 else:
                     reader = _READERS.get(name)
                     if reader is not None:
-                        reader(envelope, value)
+                        kind = types.get(name, "")
+                        reader(envelope, _typed(value, kind) if kind else value)
             elif not self._reserved(name):
                 headers[name] = _typed(value, types.get(name, ""))
         if headers:

@@ -137,6 +137,8 @@ class MessageCodec:
             headers[wire.KEY] = message.key
         if message.content_type is not None:
             headers["content-type"] = message.content_type
+        if not all(map(str.isascii, headers.values())):
+            _spell_out(headers)
         return headers
 
     def message(self, topic: str, headers: Mapping[str, str], body: bytes) -> Message:
@@ -181,6 +183,18 @@ class MessageCodec:
             failure=envelope.failure,
         )
         return delivery, envelope.due
+
+
+def _spell_out(headers: dict[str, str]) -> None:
+    """Carry what is beyond the basic plane as JSON: Classic breaks it once it has read a message from its store."""
+    far = [
+        name for name, value in headers.items() if value and max(value) > "\uffff" and name != "content-type"
+    ]
+    if far:
+        types = json.loads(headers.get(wire.TYPES, "{}"))
+        types.update((name.removeprefix(wire.ESCAPED), "j") for name in far)
+        headers.update({name: json.dumps(headers[name]) for name in far})
+        headers[wire.TYPES] = json.dumps(types)
 
 
 class _Copy(Message):

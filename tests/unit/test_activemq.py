@@ -194,3 +194,20 @@ def test_a_head_the_brokers_refuse_is_refused_first() -> None:
     ):
         with pytest.raises(MessageError, match="at most"):
             check_head(headers)
+
+
+def test_text_beyond_the_basic_plane_is_carried_in_ascii() -> None:
+    """Classic breaks it where it reads a message from its store, and only there."""
+    codec = MessageCodec()
+    message = Message(
+        "a.b",
+        b"",
+        key="k😀",
+        id="i😀",
+        headers={"face": "größe 😀", "destination": "😀", "plain": "größe", "n": 1},
+    )
+    headers = codec._encode(message)
+    assert all(max(value) <= "\uffff" for value in headers.values())
+    assert headers["plain"] == "größe"
+    read = codec.message("a.b", headers, b"")
+    assert (read.key, read.id, dict(read.headers)) == ("k😀", "i😀", dict(message.headers))
