@@ -51,8 +51,8 @@ test: test-all test-stress ## every test, then the suite in parallel; a broker i
 test-all: venv ## every test but those of clusters, on every broker in BROKERS
 	BROKERS="$(BROKERS)" $(IN) -m brokers run "$(BROKERS)" -- $(IN) -m pytest -m "not cluster" $(PYTEST_ARGS)
 
-test-stress: venv ## the conformance suite on each backend, four cases at once
-	BROKERS="$(BROKERS)" $(IN) -m brokers run "$(BROKERS)" -- $(IN) -m pytest -m conformance -n 4 $(PYTEST_ARGS)
+test-stress: venv ## the conformance suite on each backend, three cases at once
+	BROKERS="$(BROKERS)" $(IN) -m brokers run "$(BROKERS)" -- $(IN) -m pytest -m conformance -n 3 $(PYTEST_ARGS)
 
 test-clusters: venv ## three RabbitMQ nodes, three Kafka brokers, a Classic pair: nodes come and go
 	BROKERS="$(BROKERS)" $(IN) -m pytest tests/chaos/test_clusters.py $(PYTEST_ARGS)
