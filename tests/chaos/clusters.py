@@ -61,6 +61,7 @@ class Cluster(World):
                 if node.log.exists():
                     shutil.copy(node.log, self.folder / f"node-{node.directory.name}.log")
                 node.remove()
+            shutil.rmtree(self._place, ignore_errors=True)
 
     def _start_broker(self) -> None:
         for name in ("1", "2", "3"):

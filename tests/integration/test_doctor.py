@@ -96,10 +96,10 @@ def test_kafka_that_cannot_keep_its_promises_is_found() -> None:
 
 
 @pytest.mark.broker("activemq")
-def test_classic_without_scheduler_store_and_large_frames_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_classic_without_scheduler_store_and_large_frames_is_found(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     sound = CONF / "activemq.xml"
-    folder = STATE / "doctor-conf"
-    folder.mkdir(parents=True, exist_ok=True)
     text = sound.read_text()
     for there, instead in (
         ('schedulerSupport="true"', 'schedulerSupport="false"'),
@@ -108,9 +108,9 @@ def test_classic_without_scheduler_store_and_large_frames_is_found(monkeypatch: 
     ):
         assert there in text
         text = text.replace(there, instead)
-    (folder / "activemq.xml").write_text(text)
-    (folder / "log4j2.properties").write_bytes((CONF / "log4j2.properties").read_bytes())
-    monkeypatch.setattr("brokers.activemq.CONF", folder)
+    (tmp_path / "activemq.xml").write_text(text)
+    (tmp_path / "log4j2.properties").write_bytes((CONF / "log4j2.properties").read_bytes())
+    monkeypatch.setattr("brokers.activemq.CONF", tmp_path)
     with own("activemq", []) as (_, config):
         findings = doctor(config, code=1)
         assert found(findings, "problem", 'set schedulerSupport="true"')
