@@ -12,6 +12,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -55,9 +56,14 @@ class Relays:
         self._running[victim] = self._start()
 
     def stop(self) -> list[int]:
+        """Exit codes after SIGTERM; one that was just replaced is waited for until it can take the signal."""
         for relay in self._running:
+            wait_until(partial(self._listens, relay.pid), 60, f"relay {relay.pid} to run")
             relay.terminate()
         return [relay.wait(30) for relay in self._running]
+
+    def _listens(self, pid: int) -> bool:
+        return f"relay {pid} runs\n" in (self._folder / "relays.log").read_text(errors="replace")
 
 
 class Writers:
