@@ -1,4 +1,4 @@
-"""One member on Kafka: what it holds, hands out, parks, buries and commits.
+"""One member on Kafka: what it holds, hands out, parks and buries; `_kafka_commits` tells its group.
 
 Plain partitions are handed out in order of offset, and filtered here where the definition asks for it. The
 partitions of the retry topic are read into a line by time. A partition is given up only after the handlers
@@ -12,10 +12,11 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Final
 
 from pubsub_facade.backends._kafka_cluster import LATEST
+from pubsub_facade.backends._kafka_commits import Commits
 from pubsub_facade.backends._kafka_fetch import Fetcher
 from pubsub_facade.backends._kafka_member import Membership, NotAMember
 from pubsub_facade.backends._kafka_partition import Partition, Progress
@@ -32,8 +33,6 @@ from pubsub_facade.topics import PatternSet
 
 log = logging.getLogger("pubsub_facade")
 
-COMMIT_EVERY: Final = 0.15  # seconds
-COMMIT_TIMEOUT: Final = 5.0
 JOIN_WAIT: Final = 5.0  # seconds
 FRESH: Final = 0.2  # seconds that the list of topics may be old when we join
 NUDGE: Final = 0.001  # seconds until a little room in the window is filled
@@ -66,7 +65,6 @@ class KafkaReceiver(Receiver):
         self._stock: deque[Partition] = deque()  # with something fetched and not handed out
         self._ready: deque[tuple[Partition, Delivery]] = deque()  # given back, due, or to be tried
         self._shelf = Shelf(shared.cluster, shared.producer, shared.names.retry(subscription.label))
-        self._unmarked: list[Partition] = []
         self._out = 0  # handed out and not settled
         self._suspects: deque[tuple[Partition, Any]] = deque()  # to be tried alone
         self._exclusive: Partition | None = None  # whose message is tried with nothing beside it
@@ -95,6 +93,15 @@ class KafkaReceiver(Receiver):
                 shared.rebalance_timeout,
                 shared.places.setdefault(group, []),
             )
+        self._commits = Commits(
+            self._group,
+            self._partitions,
+            window,
+            self._shelf,
+            spawn=self._spawn,
+            came=self._came,
+            fail=self.fail,
+        )
 
     async def begin(self) -> None:
         """Join, or for an ephemeral subscription: from its return on, nothing published is missed."""
@@ -195,7 +202,7 @@ class KafkaReceiver(Receiver):
             partition.held = True
         share = 0.8 if self.subscription.ordered else 0.2
         await self._until_idle(share * self._shared.rebalance_timeout)
-        await self._commit_quietly(leaving=True)
+        await self._commits.quietly(leaving=True)
         self.forfeit()
 
     def forfeit(self) -> None:
@@ -245,7 +252,7 @@ class KafkaReceiver(Receiver):
                 raise ConnectionLost("kafka: the receiver is closed")
             deliveries = self._take()
             if deliveries:
-                self._commit_soon()
+                self._commits.soon()
                 return deliveries
             self._waiter = self._loop.create_future()
             if (at := self._shelf.next_at) is not None:
@@ -288,7 +295,7 @@ class KafkaReceiver(Receiver):
         if partition.held:
             return
         if not partition.marked and self._group is not None:
-            self._mark(partition)
+            self._commits.mark(partition)
             return
         if partition.topic is None:
             self._shelf.fill(partition)
@@ -371,7 +378,7 @@ class KafkaReceiver(Receiver):
             await self._shelf.move_on()
         except PubSubError as error:
             log.info("%s: retries not moved on yet: %s", self.subscription.label, error)
-        self._commit_soon()
+        self._commits.soon()
         self._wake()
 
     # -- messages that may kill ------------------------------------------------------------------
@@ -404,9 +411,8 @@ class KafkaReceiver(Receiver):
         partition.handed.add(record.offset)
         while not partition.held:
             try:
-                await self._commit(
-                    [*self._dirty(), partition]
-                )  # what was handled stays so, should we die now
+                # What was handled stays so, should we die now.
+                await self._commits.commit([*self._commits.dirty(), partition])
             except NotAMember:
                 return
             except ConnectionLost as error:
@@ -439,7 +445,7 @@ class KafkaReceiver(Receiver):
 
     def ack(self, delivery: Delivery) -> None:
         if self._settle(delivery):
-            self._commit_soon()
+            self._commits.soon()
 
     def release(self, delivery: Delivery) -> None:
         partition, offset = delivery.tag
@@ -471,88 +477,17 @@ class KafkaReceiver(Receiver):
         for delivery in ours:
             self.ack(delivery)
 
-    # -- committing -------------------------------------------------------------------------------
-
-    def _mark(self, partition: Partition) -> None:
-        """Something came on a partition that nobody was handed anything of: say first that it may be so now."""
-        self._unmarked.append(partition)
-        if len(self._unmarked) == 1:
-            self._spawn(self._commit_marks())
-
-    async def _commit_marks(self) -> None:
-        while self._unmarked:
-            partitions = [partition for partition in self._unmarked if not partition.held]
-            try:
-                await self._commit(partitions)
-            except NotAMember as error:
-                log.debug("%s: %s", self.subscription.label, error)  # the next heartbeat learns the same
-                await asyncio.sleep(COMMIT_EVERY)
-                continue
-            except ConnectionLost as error:
-                log.debug("%s: %s; trying again", self.subscription.label, error)
-                await asyncio.sleep(COMMIT_EVERY)
-                continue
-            self._unmarked = [partition for partition in self._unmarked if partition not in partitions]
-            self._unmarked = [partition for partition in self._unmarked if not partition.held]
-            for partition in partitions:
-                partition.marked = True
-                self._came(partition)
-
-    def _commit_soon(self) -> None:
-        if self._group is not None and "commit" not in self._timers and not self._closed:
-            self._arm("commit", COMMIT_EVERY, lambda: self._spawn(self._commit_quietly()))
-
-    async def _commit(self, partitions: Iterable[Partition], *, leaving: bool = False) -> None:
-        """Raises NotAMember, ConnectionLost."""
-        if self._group is None:
-            return
-        chosen = list(partitions)
-        progress = {part.tp: part.progress(0 if leaving else self._window) for part in chosen}
-        for partition in chosen:
-            partition.dirty = False
-        if not progress:
-            return
-        try:
-            async with asyncio.timeout(COMMIT_TIMEOUT):
-                await self._group.commit(progress)
-        except BaseException as error:
-            for partition in chosen:
-                partition.dirty = True
-            if isinstance(error, TimeoutError):
-                raise ConnectionLost("kafka: the commit was not answered in time") from error
-            raise
-
-    def _dirty(self) -> list[Partition]:
-        return [partition for partition in self._partitions.values() if partition.dirty]
-
-    async def _commit_quietly(self, *, leaving: bool = False) -> None:
-        """Commit what has changed, all where we leave; what fails is done with the next commit, or comes again."""
-        chosen = self._dirty()
-        if leaving:
-            chosen = [
-                partition for partition in self._partitions.values() if partition.marked or partition.dirty
-            ]
-        try:
-            await self._commit(chosen, leaving=leaving)
-        except NotAMember as error:
-            log.debug("%s: not committed: %s", self.subscription.label, error)
-        except ConnectionLost as error:
-            log.debug("%s: not committed: %s", self.subscription.label, error)
-            if not leaving:
-                self._commit_soon()
-        except PubSubError as error:
-            self.fail(error)
-        else:
-            await self._shelf.purge(chosen)
+    # -- leaving ----------------------------------------------------------------------------------
 
     async def flush(self) -> None:
-        await self._commit_quietly()
+        await self._commits.quietly()
 
     async def close(self) -> None:
         if self._closed:
             return
         self._closed = True
         self._left(self)
+        self._commits.stop()
         for timer in self._timers.values():
             timer.cancel()
         for task in list(self._tasks):
@@ -562,7 +497,7 @@ class KafkaReceiver(Receiver):
         if self._group is not None:
             await self._group.stop()
             if self._gone is None:
-                await self._commit_quietly(leaving=True)
+                await self._commits.quietly(leaving=True)
         self.forfeit()
         await self._fetcher.close()
         if self._group is not None:
