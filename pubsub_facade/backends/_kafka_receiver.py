@@ -115,6 +115,7 @@ class KafkaReceiver(Receiver):
         tps = self._tps()
         ends = await self._shared.cluster.offsets(dict.fromkeys(tps, LATEST))
         self._hold({tp: Progress(ends.get(tp, 0)) for tp in tps})
+        await self._shared.presence.enter(self, self.subscription)  # last: what is accepted for us now comes
 
     async def _until_joined(self) -> None:
         """Until we share in the work; where others' handlers keep the group waiting, it goes on behind us."""
@@ -502,6 +503,10 @@ class KafkaReceiver(Receiver):
         await self._fetcher.close()
         if self._group is not None:
             await self._group.leave()
+        elif self._gone is None:
+            await self._shared.presence.leave(self)
+        else:
+            self._shared.presence.forget(self)
         self._wake()
 
     async def _a_moment(self) -> None:

@@ -1,16 +1,19 @@
 """What Kafka cannot keep for a subscription: its definition, where it began, where it was moved to.
 
-One compacted topic for each namespace holds the last record of each subscription (key ``sub:NAME``) and of
-each alias (``alias:KAFKA TOPIC``). Whoever changes a record says which one the change is based on: if
-another came in between, the change is made again on top of that one. Never needed on the path of a message.
+One compacted topic for each namespace holds the last record of each subscription (key ``sub:NAME``), of each
+alias (``alias:KAFKA TOPIC``), and of the ephemeral subscriptions of each client (``here:TOKEN``). Whoever
+changes a subscription says which record the change is based on: if another came in between, the change is
+made again on top of that one. Never needed on the path of a message.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
+import math
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -18,10 +21,14 @@ from pubsub_facade.backends._kafka_cluster import LATEST, Cluster
 from pubsub_facade.backends._kafka_fetch import read
 from pubsub_facade.backends._kafka_producer import Producer
 from pubsub_facade.backends._kafka_records import TP, Outgoing
-from pubsub_facade.subscription import Definition
+from pubsub_facade.subscription import Definition, Era
 
 SUBSCRIPTION: Final = "sub:"
 ALIAS: Final = "alias:"
+LEASE: Final = "here:"
+
+CLOCKS: Final = 60.0  # seconds that a writer's clock may be behind ours
+LONGEST: Final = 3600.0  # seconds that a lease counts at most, whatever it says
 
 
 @dataclass(frozen=True)
@@ -108,6 +115,42 @@ class Entry:
         )
 
 
+@dataclass(frozen=True)
+class Lease:
+    """The ephemeral subscriptions of one client: there until it says otherwise, or says nothing for too long.
+
+    Arguments:
+        eras: patterns and filter of each, without twins.
+        until: when it ends, by our `time.monotonic`.
+        over: when it ends by its writer's clock, in seconds since the epoch.
+    """
+
+    eras: tuple[Era, ...]
+    until: float
+    over: float
+
+    @staticmethod
+    def json_of(eras: Iterable[Era], seconds: float) -> dict[str, Any]:
+        """As it is stored; it counts for ``seconds`` from then on."""
+        return {"seconds": seconds, "for": [[list(era.patterns), era.filter] for era in eras]}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any], written: float, age: float) -> Lease:
+        """As it was read now.
+
+        Arguments:
+            written: seconds since the epoch, by its writer's clock.
+            age: seconds that it may have lain there, by our clock; 0: it is new, whatever the clocks say.
+        """
+        eras = tuple(
+            Era(0.0, tuple(str(pattern) for pattern in patterns), None if text is None else str(text))
+            for patterns, text in data["for"]
+        )
+        seconds = min(float(data["seconds"]), LONGEST)
+        left = min(seconds, seconds + CLOCKS - age)
+        return cls(eras, time.monotonic() + left, written + seconds)
+
+
 class _Held:
     """The last record of a key, and the one before it."""
 
@@ -132,11 +175,15 @@ class Registry:
 
     def __init__(self, cluster: Cluster, producer: Producer, topic: str) -> None:
         self.aliases: dict[str, str] = {}  # Kafka topic -> topic
+        self.leases: dict[str, Lease] = {}  # token of a client -> its ephemeral subscriptions
+        self.version = 0  # counts changes of what is held
+        self.read_at = -math.inf  # when the last refresh began, by `time.monotonic`
         self._cluster = cluster
         self._producer = producer
         self._tp: TP = (topic, 0)
         self._held: dict[str, _Held] = {}
         self._next = 0
+        self._refreshing = asyncio.Lock()
         self._listeners: dict[object, Callable[[], None]] = {}
 
     def listen(self, owner: object, listener: Callable[[], None] | None) -> None:
@@ -151,8 +198,23 @@ class Registry:
         held = self._held.get(SUBSCRIPTION + subscription)
         return None if held is None else held.entry
 
+    def definitions(self) -> Iterator[Definition]:
+        """Of all subscriptions that were there at the last `refresh`."""
+        for held in self._held.values():
+            if held.entry is not None:
+                yield held.entry.definition
+
     async def refresh(self) -> None:
         """Read what is new. Raises ConnectionLost."""
+        asked = time.monotonic()
+        async with self._refreshing:
+            if self.read_at > asked:
+                return  # somebody has read it since
+            began = time.monotonic()
+            await self._read()
+            self.read_at = began
+
+    async def _read(self) -> None:
         if self._tp[0] not in self._cluster.topics:
             await self._cluster.refresh([self._tp[0]])
             if self._tp[0] not in self._cluster.topics:
@@ -164,8 +226,7 @@ class Registry:
         news = False
         async for record in read(self._cluster, self._tp, self._next, end):
             if record.offset >= self._next:
-                self._take(record)
-                news = True
+                news |= self._take(record)
         self._next = max(self._next, end)
         if news:
             for listener in list(self._listeners.values()):
@@ -174,25 +235,42 @@ class Registry:
     def _reset(self) -> None:
         self._held.clear()
         self.aliases.clear()
+        self.leases.clear()
         self._next = 0
+        self.version += 1
 
-    def _take(self, record: Any) -> None:
+    def _take(self, record: Any) -> bool:
+        """Take in one record; whether members have to look at it."""
         self._next = record.offset + 1
         key = (record.key or b"").decode("utf-8", "replace")
         entry = None
         writer = ""
         try:
+            if key.startswith(LEASE):
+                self._take_lease(key.removeprefix(LEASE), record)
+                return False
             if record.value is not None:
                 value = json.loads(record.value)
                 if key.startswith(ALIAS):
                     self.aliases[key[len(ALIAS) :]] = str(value["topic"])
-                    return
+                    return True
                 entry = Entry.from_json(value)
                 writer = str(value["writer"])
         except (ValueError, TypeError, KeyError, AttributeError, IndexError):
-            return  # not ours
+            return False  # not ours
         if key.startswith(SUBSCRIPTION):
             self._held[key] = _Held(record.offset, writer, entry, self._held.get(key))
+            self.version += 1
+        return True
+
+    def _take_lease(self, token: str, record: Any) -> None:
+        if record.value is None:
+            self.leases.pop(token, None)
+        else:
+            written = record.timestamp / 1000
+            age = time.time() - written if self.read_at == -math.inf else 0.0
+            self.leases[token] = Lease.from_json(json.loads(record.value), written, age)
+        self.version += 1
 
     async def change(self, subscription: str, change: Callable[[Entry | None], Entry]) -> None:
         """Store what ``change`` makes of the present entry, unless that is the same.
@@ -227,7 +305,24 @@ class Registry:
         await self._store(ALIAS + name, {"topic": topic, "at": time.time()})
         await self.refresh()
 
+    async def lease(self, token: str, eras: Iterable[Era], seconds: float, ended: Iterable[str]) -> None:
+        """Store what ephemeral subscriptions a client has now; none: that it is gone.
+
+        Arguments:
+            ended: other clients' leases that nobody needs to know of any more.
+        """
+        values: dict[str, dict[str, Any] | None] = {LEASE + other: None for other in ended}
+        eras = list(eras)
+        values[LEASE + token] = Lease.json_of(eras, seconds) if eras else None
+        await self._store_all(values)
+
     async def _store(self, key: str, value: dict[str, Any] | None) -> None:
-        data = None if value is None else json.dumps(value).encode()
-        record = Outgoing(key, key.encode(), data, [], int(time.time() * 1000))
-        await self._producer.store({self._tp: [record]})
+        await self._store_all({key: value})
+
+    async def _store_all(self, values: dict[str, dict[str, Any] | None]) -> None:
+        now = int(time.time() * 1000)
+        records = [
+            Outgoing(key, key.encode(), None if value is None else json.dumps(value).encode(), [], now)
+            for key, value in values.items()
+        ]
+        await self._producer.store({self._tp: records})

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from pubsub_facade.backends._kafka_cluster import Cluster
 from pubsub_facade.backends._kafka_names import Names
+from pubsub_facade.backends._kafka_presence import Presence
 from pubsub_facade.backends._kafka_producer import Producer
 from pubsub_facade.backends._kafka_registry import Registry
 from pubsub_facade.backends._kafka_topics import Topics
@@ -26,6 +27,7 @@ class Shared:
     producer: Producer
     topics: Topics
     registry: Registry
+    presence: Presence
     names: Names
     session_timeout: float
     rebalance_timeout: float

@@ -2,7 +2,8 @@
 
 What Kafka cannot say, one small compacted topic holds: the definition of each subscription and where it
 began. This file joins the parts: `_kafka_cluster` (the link), `_kafka_producer` (storing), `_kafka_receiver`
-(a member), `_kafka_topics`, `_kafka_registry`, `_kafka_dead`. It retries nothing that the supervisor retries.
+(a member), `_kafka_topics`, `_kafka_registry`, `_kafka_presence` and `_kafka_demand` (required subscribers),
+`_kafka_dead`. It retries nothing that the supervisor retries.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import asyncio
 import itertools
 import logging
 import time
+import uuid
 from collections.abc import AsyncIterator, Collection, Iterable, Sequence
 from dataclasses import replace
 from datetime import datetime
@@ -30,10 +32,12 @@ from pubsub_facade.backends._kafka_cluster import (
     check_rights,
 )
 from pubsub_facade.backends._kafka_dead import DeadLetterTopic
+from pubsub_facade.backends._kafka_demand import Demand
 from pubsub_facade.backends._kafka_doctor import examine
 from pubsub_facade.backends._kafka_names import Names
 from pubsub_facade.backends._kafka_partition import Progress
 from pubsub_facade.backends._kafka_pins import places
+from pubsub_facade.backends._kafka_presence import Presence
 from pubsub_facade.backends._kafka_producer import Producer
 from pubsub_facade.backends._kafka_receiver import KafkaReceiver
 from pubsub_facade.backends._kafka_records import TP, Outgoing, dead_letter, decode, encode, encode_retry
@@ -46,6 +50,7 @@ from pubsub_facade.errors import (
     AuthenticationFailed,
     ConfigError,
     ConnectionLost,
+    Fate,
     PubSubError,
     SendFailed,
 )
@@ -77,6 +82,8 @@ class KafkaBackend(Backend):
         self._watch: asyncio.Task[None] | None = None
         self._dead: dict[str, DeadLetterTopic] = {}
         self._places_left: dict[str, list[str]] = {}  # group -> member ids that could not leave
+        self._demand: Demand | None = None  # where subscribers are required
+        self._token = uuid.uuid4().hex  # names us in the registry, after a lost link too
 
     @property
     def capabilities(self) -> Capabilities:
@@ -87,7 +94,7 @@ class KafkaBackend(Backend):
             stored_attempts=True,
             delay=False,
             replay=True,
-            require_subscribers=False,
+            require_subscribers=True,
             backlog=True,
             max_payload=self.settings.kafka.max_payload,
         )
@@ -111,6 +118,7 @@ class KafkaBackend(Backend):
             producer,
             Topics(cluster, self._names, settings, registry.aliases),
             registry,
+            Presence(registry, self._token, self._ensure_registry),
             self._names,
             settings.session_timeout,
             REBALANCE_TIMEOUT,
@@ -118,9 +126,13 @@ class KafkaBackend(Backend):
             self._places_left,
         )
         registry.listen(self, self._look)
+        if self.settings.require_subscribers:
+            self._demand = Demand(registry, self._ensure_registry, 2 * settings.metadata_max_age)
+            self._watch_on()
 
     async def close(self) -> None:
         shared, self._shared = self._shared, None
+        self._demand = None
         if self._watch is not None:
             self._watch.cancel()
             await asyncio.wait([self._watch])
@@ -134,6 +146,7 @@ class KafkaBackend(Backend):
                 await asyncio.wait(late)
             self._receivers.clear()
         if shared is not None:
+            shared.presence.stop()
             await shared.cluster.close()
 
     async def ping(self) -> None:
@@ -149,22 +162,63 @@ class KafkaBackend(Backend):
         for receiver in list(self._receivers):
             receiver.look()
 
+    def _watch_on(self) -> None:
+        if self._watch is None or self._watch.done():
+            self._watch = asyncio.get_running_loop().create_task(
+                self._keep_watch(), name="pubsub-kafka-watch"
+            )
+
     async def _keep_watch(self) -> None:
-        """See topics and definitions that others make; only while there are receivers."""
+        """See topics and definitions that others make; only where there are receivers, or demand is asked for."""
         shared = self._open
         try:
             while True:
                 await asyncio.sleep(self.settings.kafka.metadata_max_age)
-                await shared.cluster.refresh(None)
+                if self._receivers:
+                    await shared.cluster.refresh(None)
                 await shared.registry.refresh()
                 self._look()
-        except PubSubError as error:
+        except PubSubError as error:  # a publish that needs the registry asks, and is told, by itself
             for receiver in list(self._receivers):
                 receiver.fail(error)
 
     # -- publishing -------------------------------------------------------------------------------
 
     async def send(self, messages: Sequence[Message]) -> None:
+        if self._demand is None:
+            await self._store(messages)
+            return
+        alone = await self._unwanted(self._demand, messages)
+        if not alone:
+            await self._store(messages)
+            return
+        text = f"kafka: {len(alone)} of {len(messages)} messages have no subscription (require_subscribers is set)"
+        fates: dict[str, Fate] = {message.id: "not stored" for message in alone}
+        refused = {id(message) for message in alone}
+        kept = [message for message in messages if id(message) not in refused]
+        if kept:
+            try:
+                await self._store(kept)
+            except SendFailed as error:
+                raise SendFailed(f"{text}; {error}", fates | error.fates) from error
+        raise SendFailed(text, fates)
+
+    async def _unwanted(self, demand: Demand, messages: Sequence[Message]) -> list[Message]:
+        """Those that no subscription would get; where that cannot be known, none is refused for it: all fail."""
+        try:
+            return await demand.unwanted(messages)
+        except ConnectionLost:
+            raise
+        except PubSubError as error:
+            raise SendFailed(
+                f"kafka: who would get {len(messages)} messages cannot be known (require_subscribers is set): {error}",
+                {message.id: "not stored" for message in messages},
+            ) from error
+
+    async def _ensure_registry(self) -> None:
+        await self._open.topics.create_own(self._open.topics.registry_spec(self._names.registry))
+
+    async def _store(self, messages: Sequence[Message]) -> None:
         shared = self._open
         known = shared.topics.known
         missing = {message.topic for message in messages if message.topic not in known}
@@ -214,7 +268,7 @@ class KafkaBackend(Backend):
 
     async def _register_aliases(self, aliased: dict[str, str]) -> None:
         if aliased:
-            await self._open.topics.create_own(self._open.topics.registry_spec(self._names.registry))
+            await self._ensure_registry()
             for name, topic in aliased.items():
                 await self._open.registry.write_alias(name, topic)
 
@@ -256,7 +310,7 @@ class KafkaBackend(Backend):
         if entry is not None and entry.definition.redeclared(subscription, 0.0) is entry.definition:
             await topics.create_own(topics.retry_spec(retry))
             return
-        await topics.create_own(topics.registry_spec(self._names.registry))
+        await self._ensure_registry()
         await topics.create_own(topics.retry_spec(retry))
         ends = await self._ends(subscription.patterns, retry)
         await registry.refresh()  # after the ends: whoever declared meanwhile began no later than we do
@@ -342,10 +396,7 @@ class KafkaBackend(Backend):
         except BaseException:
             await receiver.close()
             raise
-        if self._watch is None or self._watch.done():
-            self._watch = asyncio.get_running_loop().create_task(
-                self._keep_watch(), name="pubsub-kafka-watch"
-            )
+        self._watch_on()
         return receiver
 
     # -- looking ----------------------------------------------------------------------------------

@@ -611,13 +611,17 @@ async def test_delete_leaves_no_group_and_no_topic_but_the_published_one(bench: 
     assert await bench.groups() == set()
 
 
-async def test_an_ephemeral_subscription_leaves_nothing(bench: Bench) -> None:
+async def test_an_ephemeral_subscription_leaves_no_more_than_the_word_that_it_is_gone(bench: Bench) -> None:
     client = bench.client()
     async with client.subscribe("social.x") as stream:
         await client.publish("social.x", 1)
         assert await wait_for(stream, 1) == [1]
     assert await bench.groups() == set()
-    assert await bench.topics() == {f"{bench.namespace}.social.x"}
+    assert await bench.topics() == {f"{bench.namespace}.social.x", bench.names.registry}
+    out = await bench.kcat("-C", "-t", bench.names.registry, "-e", "-q", "-Z", "-f", "%k|%s\n")
+    written, gone = (line.split("|", 1) for line in out.decode().splitlines())
+    assert written[0].startswith("here:")
+    assert gone == [written[0], "NULL"]
 
 
 async def test_asking_for_what_is_not_there_creates_nothing(bench: Bench) -> None:
@@ -625,8 +629,9 @@ async def test_asking_for_what_is_not_there_creates_nothing(bench: Bench) -> Non
     assert (await client.backlog("nobody")).waiting == 0
     assert await client.dead_letters("nobody").count() == 0
     await client.delete("nobody")
+    assert await bench.topics() == set()
     async with client.subscribe("social.x"):
-        assert await bench.topics() == set()
+        assert await bench.topics() == {bench.names.registry}
 
 
 async def test_a_message_the_topic_is_too_small_for_is_refused_alone(bench: Bench) -> None:
