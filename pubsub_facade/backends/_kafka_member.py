@@ -8,6 +8,7 @@ generation, an unknown member) means that the partitions are lost: the owner for
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Final, Protocol
 
@@ -29,6 +30,8 @@ from pubsub_facade.backends._kafka_cluster import (
 from pubsub_facade.backends._kafka_partition import Progress
 from pubsub_facade.backends._kafka_records import TP
 from pubsub_facade.errors import ConnectionLost, PubSubError, TopologyConflict
+
+log = logging.getLogger("pubsub_facade")
 
 PROTOCOL: Final = "roundrobin"
 LEAVE_TIMEOUT: Final = 2.0  # seconds
@@ -176,6 +179,12 @@ class Membership:
                 await asyncio.wait([task])
 
     def _lose(self) -> None:
+        log.warning(
+            "kafka: group %r went on without this member, which joins again: no heartbeat of it came in time "
+            "(session_timeout is %g s: did something hold up the event loop?). What it had in hand comes again",
+            self.group,
+            self._session_timeout,
+        )
         self._member = ""
         self._owner.forfeit()
 
