@@ -176,7 +176,7 @@ class Registry:
     def __init__(self, cluster: Cluster, producer: Producer, topic: str) -> None:
         self.aliases: dict[str, str] = {}  # Kafka topic -> topic
         self.leases: dict[str, Lease] = {}  # token of a client -> its ephemeral subscriptions
-        self.version = 0  # counts changes of what is held
+        self.version = 0  # counts changes of what is held; a lease that goes on is none
         self.read_at = -math.inf  # when the last refresh began, by `time.monotonic`
         self._cluster = cluster
         self._producer = producer
@@ -264,13 +264,16 @@ class Registry:
         return True
 
     def _take_lease(self, token: str, record: Any) -> None:
+        before = self.leases.get(token)
         if record.value is None:
             self.leases.pop(token, None)
-        else:
-            written = record.timestamp / 1000
-            age = time.time() - written if self.read_at == -math.inf else 0.0
-            self.leases[token] = Lease.from_json(json.loads(record.value), written, age)
-        self.version += 1
+            self.version += before is not None
+            return
+        written = record.timestamp / 1000
+        age = time.time() - written if self.read_at == -math.inf else 0.0
+        lease = self.leases[token] = Lease.from_json(json.loads(record.value), written, age)
+        renewed = before is not None and before.eras == lease.eras and before.until > time.monotonic()
+        self.version += not renewed
 
     async def change(self, subscription: str, change: Callable[[Entry | None], Entry]) -> None:
         """Store what ``change`` makes of the present entry, unless that is the same.

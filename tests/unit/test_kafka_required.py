@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -13,7 +14,7 @@ import pytest
 
 pytest.importorskip("aiokafka", reason="the extra kafka is not installed")
 
-from pubsub_facade import ConnectionLost, Message, SendFailed, Settings, Subscription
+from pubsub_facade import AuthenticationFailed, ConnectionLost, Message, SendFailed, Settings, Subscription
 from pubsub_facade.backends import _kafka_presence, _kafka_registry
 from pubsub_facade.backends._kafka_cluster import Cluster
 from pubsub_facade.backends._kafka_demand import Demand, Routes
@@ -200,6 +201,16 @@ async def test_a_lease_counts_until_it_ends(log: Log) -> None:
         await asyncio.sleep(0.01)
 
 
+async def test_a_lease_that_goes_on_changes_nothing_and_one_that_comes_back_does(log: Log) -> None:
+    theirs, mine = log.registry(), log.registry()
+    versions = []
+    for seconds in (60.0, 60.0, 0.0, 60.0):
+        await theirs.lease("token", [Era(0.0, ("a",), None)], seconds, ())
+        await mine.refresh()
+        versions.append(mine.version)
+    assert [after - before for before, after in itertools.pairwise(versions)] == [0, 0, 1]
+
+
 async def test_a_lease_that_is_renewed_goes_on(log: Log) -> None:
     theirs = log.registry()
     view = demand(log.registry())
@@ -269,12 +280,16 @@ async def test_a_lease_is_renewed_while_it_is_needed(log: Log, monkeypatch: pyte
     assert (log.stores, log.last("here:me")) == (stores, None)
 
 
+@pytest.mark.parametrize(
+    "error", [SendFailed("too few replicas", {}), AuthenticationFailed("too few replicas")]
+)
 async def test_a_lease_that_cannot_be_written_is_told_and_tried_again(
-    log: Log, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    log: Log, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
 ) -> None:
     monkeypatch.setattr(_kafka_presence, "RETRY", 0.01)
+    monkeypatch.setattr(_kafka_presence, "RENEW", 0.01)
     presence = Presence(log.registry(), "me", nothing)
-    log.lost = SendFailed("too few replicas", {})
+    log.lost = error
     await presence.enter(self := object(), Subscription(None, ("a.b",)))
     assert "a.b could not be noted in the registry yet: too few replicas" in caplog.text
     log.lost = None
