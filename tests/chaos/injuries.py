@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import sqlite3
 import time
 from collections.abc import Callable
 from typing import Final
 
-from tests.chaos.world import HEARTBEAT, World
+from brokers.rabbitmq import RabbitMQ
+from pubsub_facade import AsyncPubSub, PublishTimeout, Settings
+from pubsub_facade.testing.faults import wait_until
+from tests.chaos import deletions
+from tests.chaos.deletions import handled
+from tests.chaos.levers import CRASHED, POINTS
+from tests.chaos.workload import SPARE
+from tests.chaos.world import HANDED_OUT, HEARTBEAT, Process, World
 
 Injury = Callable[[World], None]
 
@@ -108,33 +116,126 @@ def database_locked_for_a_second(world: World) -> None:
         connection.close()
 
 
+def ended_at(point: str) -> Injury:
+    """Ends the first process that comes to one of `levers.POINTS`, as ``kill -9`` would."""
+
+    def injury(world: World) -> None:
+        chosen = world.publishers if point == "sending" else world.members
+        if not any(publisher.running for publisher in world.publishers):
+            return member_killed(world)  # nobody may come there any more
+        world.levers.point = point
+        try:
+            wait_until(lambda: any(map(_crashed, chosen)), 20, f"a process to end while {point}")
+        except TimeoutError:
+            if any(publisher.running for publisher in world.publishers):
+                raise
+            return member_killed(world)
+        finally:
+            world.levers.point = None
+        time.sleep(0.05)  # a second one may have come to the point at the same moment
+        for process in chosen:
+            if _crashed(process):
+                process.again()
+        return None
+
+    injury.__name__ = f"ended_while_{point}"
+    return injury
+
+
+def _crashed(process: Process) -> bool:
+    return process.popen.poll() == CRASHED
+
+
+def handlers_slower_than_the_broker_allows(world: World) -> None:
+    """All handlers that begin in this half second outlast RabbitMQ's time-out, a lease, and Kafka's session."""
+    world.levers.slow = DAWDLE
+    time.sleep(0.5)
+    world.levers.slow = 0
+    time.sleep(DAWDLE)
+
+
+def clock_jumps(world: World) -> None:
+    """That of every process of ours, and it stays; back by little only, as what waits comes so much later."""
+    world.levers.clock += world.random.choice((-8, -3, 5, 60, 600))
+    time.sleep(1)
+
+
+def clock_jumps_by_days(world: World) -> None:
+    """Not for Kafka, which refuses what claims to be from more than an hour ahead."""
+    world.levers.clock += 10 * 86400
+    time.sleep(1)
+
+
+def something_deleted_under_its_members(world: World) -> None:
+    asyncio.run(deletions.delete(world, world.random.choice(deletions.DELETIONS[world.form])))
+
+
+def memory_or_disk_alarm(world: World) -> None:
+    """Publishers are blocked: publish waits, then raises, and what it calls not stored is not."""
+    asyncio.run(_alarm(world, world.random.choice(ALARMS), world.random.choice(ALARM_LASTS)))
+
+
+DAWDLE: Final = HANDED_OUT + 3  # s
+ALARMS: Final = (
+    (("set_vm_memory_high_watermark", "0.00001"), ("set_vm_memory_high_watermark", "0.4")),
+    (("set_disk_free_limit", "100000GB"), ("set_disk_free_limit", "50MB")),
+)
+ALARM_LASTS: Final = (0.0, 2.0, 9.0)  # s, beside the time that the commands take; the last outlasts a publish
+
+
+async def _alarm(world: World, commands: tuple[tuple[str, ...], tuple[str, ...]], lasts: float) -> None:
+    assert isinstance(world.broker, RabbitMQ)
+    sound, lift = commands
+    async with AsyncPubSub(Settings.load(world.direct)) as pubsub:
+        await pubsub.publish(f"{SPARE}.before", "the link is there")
+        world.broker.ctl(*sound)
+        refused: set[str] = set()
+        try:
+            message = await pubsub.publish(f"{SPARE}.alarm", "during", timeout=1)
+        except PublishTimeout as error:
+            refused = {id for id, fate in error.fates.items() if fate == "not stored"}
+        else:
+            raise AssertionError(f"{message} was called sent during the alarm of {sound}")
+        finally:
+            await asyncio.sleep(lasts)
+            world.broker.ctl(*lift)
+        after = await pubsub.publish(f"{SPARE}.after", "lifted")
+        await asyncio.to_thread(
+            wait_until, lambda: after.id in handled(world), deletions.FOUND_AGAIN, "what came after the alarm"
+        )
+        assert not refused & handled(world), f"{refused} were called not stored, and were"
+
+
 PROCESSES: Final[tuple[Injury, ...]] = (
     member_killed,
     publisher_killed,
     member_told_to_end,
     member_frozen,
     members_come_and_go,
+    *map(ended_at, POINTS),
+    handlers_slower_than_the_broker_allows,
+    clock_jumps,
 )
 
 BROKERED: Final[tuple[Injury, ...]] = (
+    *PROCESSES,
     broker_killed,
-    member_killed,
     cut_every_connection,
-    publisher_killed,
     half_open_link,
-    member_told_to_end,
     cut_in_the_middle_of_a_frame,
-    members_come_and_go,
     broker_paused_longer_than_the_heartbeat,
     refuse_connections_for_a_second,
     broker_restarted,
     stalled_link,
-    member_frozen,
 )
 
-EMBEDDED: Final[tuple[Injury, ...]] = (*PROCESSES, database_locked_for_a_second)
+MENUS: Final[dict[str, tuple[Injury, ...]]] = {
+    "sqlite": (*PROCESSES, database_locked_for_a_second, clock_jumps_by_days),
+    "rabbitmq": (*BROKERED, memory_or_disk_alarm),
+}
 
 
 def injuries_for(form: str) -> tuple[Injury, ...]:
     """What can happen to this backend form."""
-    return EMBEDDED if form == "sqlite" else BROKERED
+    menu = MENUS.get(form, BROKERED)
+    return (*menu, something_deleted_under_its_members) if form in deletions.DELETIONS else menu

@@ -13,6 +13,7 @@ import logging
 import os
 import random
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,12 +27,15 @@ from pubsub_facade import (
     SendFailed,
     Settings,
 )
+from tests.chaos.levers import Levers, true_time
 
 SUBSCRIPTIONS = ("ledger", "audit")
+SPARE = "spare"  # a third one of each member, on topics of its own: it may be deleted under them
 TOPICS = 7
 BATCH = 20
 REJECTED_EVERY = 101
 FAILS_ONCE_EVERY = 37
+TIMEOUT = 6.0  # s until a publisher gives a batch up, and publishes what is not confirmed again
 WINDOW = 100  # deliveries a member has in hand at most, by the client's default
 
 
@@ -40,12 +44,15 @@ def message_id(publisher: int, number: int) -> str:
     return f"{publisher}-{number}"
 
 
-async def publish(settings: Settings, folder: Path, publisher: int, count: int, rate: float) -> None:
+async def publish(
+    settings: Settings, folder: Path, levers: Levers, publisher: int, count: int, rate: float
+) -> None:
     """Publish from where this publisher's predecessor was certain, at ``rate`` messages a second."""
     path = folder / f"published-{publisher}"
     done = sum(1 for _ in path.open()) if path.exists() else 0
     with path.open("a") as confirmed:
         async with AsyncPubSub(settings) as pubsub:
+            levers.watch(pubsub._supervisor.backend)
             begin, first = time.monotonic(), done
             while done < count:
                 numbers = range(done, min(done + BATCH, count))
@@ -70,7 +77,7 @@ async def _confirm(pubsub: AsyncPubSub, messages: list[Message]) -> None:
     """Publish until every message is confirmed, each with its own id."""
     while messages:
         try:
-            await pubsub.publish_many(messages, timeout=20)
+            await pubsub.publish_many(messages, timeout=TIMEOUT)
             return
         except SendFailed as error:
             logging.warning("not confirmed: %s", error)
@@ -87,12 +94,13 @@ class Handled:
         self._file: IO[str] = (folder / f"handled-{subscription}-{os.getpid()}").open("a", buffering=1)
 
     def write(self, delivery: Delivery) -> None:
-        self._file.write(f"{delivery.id} {time.time():.4f} {delivery.attempt}\n")
+        self._file.write(f"{delivery.id} {true_time():.4f} {delivery.attempt}\n")
 
 
-def member(settings: Settings, folder: Path) -> AsyncPubSub:
+def member(settings: Settings, folder: Path, levers: Levers) -> AsyncPubSub:
     """A client whose handlers reject some messages, fail some once, and are now and then slow."""
     pubsub = AsyncPubSub(settings)
+    levers.watch(pubsub._supervisor.backend)
     for subscription in SUBSCRIPTIONS:
         handled = Handled(folder, subscription)
         failed: set[str] = set()
@@ -109,17 +117,30 @@ def member(settings: Settings, folder: Path) -> AsyncPubSub:
             if number % FAILS_ONCE_EVERY == 0 and delivery.attempt == 1 and delivery.id not in failed:
                 failed.add(delivery.id)
                 raise ValueError("fails the first time")
-            await asyncio.sleep(random.choice((0, 0, 0.001, 0.01)))
+            levers.here("handling")
+            await asyncio.sleep(levers.slow or random.choice((0, 0, 0.001, 0.01)))
             handled.write(delivery)
+            levers.here("handled")
 
-        pubsub.subscriber(
-            "chaos.#",
-            subscription=subscription,
-            concurrency=8,
-            max_attempts=50,
-            backoff=Backoff(initial=0.2, maximum=1),
-        )(handle)
+        _subscribe(pubsub, ["chaos.#"], subscription)(handle)
+
+    spare = Handled(folder, SPARE)
+
+    async def note(delivery: Delivery) -> None:
+        spare.write(delivery)
+
+    _subscribe(pubsub, [f"{SPARE}.#"], SPARE)(note)
     return pubsub
+
+
+def _subscribe(pubsub: AsyncPubSub, patterns: Sequence[str], subscription: str) -> Any:
+    return pubsub.subscriber(
+        *patterns,
+        subscription=subscription,
+        concurrency=8,
+        max_attempts=50,
+        backoff=Backoff(initial=0.2, maximum=1),
+    )
 
 
 def main() -> None:
@@ -133,14 +154,16 @@ def main() -> None:
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format=f"%(asctime)s {os.getpid()} %(levelname)s %(message)s")
     settings = Settings.load(options.config)
+    levers = Levers(options.folder / "levers")
+    levers.take_over_the_clock()
     if options.role == "publish":
-        asyncio.run(publish(settings, options.folder, options.publisher, options.count, options.rate))
+        asyncio.run(publish(settings, options.folder, levers, options.publisher, options.count, options.rate))
     else:
-        asyncio.run(_consume(settings, options.folder))
+        asyncio.run(_consume(settings, options.folder, levers))
 
 
-async def _consume(settings: Settings, folder: Path) -> None:
-    await member(settings, folder).run()
+async def _consume(settings: Settings, folder: Path, levers: Levers) -> None:
+    await member(settings, folder, levers).run()
 
 
 if __name__ == "__main__":

@@ -20,11 +20,14 @@ from typing import Any
 from brokers import native
 from brokers.broker import ROOT, STATE, Broker
 from brokers.ports import DEFAULTS
+from brokers.rabbitmq import RabbitMQ
 from pubsub_facade.testing.faults import Proxy, Victim, wait_until
+from tests.chaos.levers import Levers
 
 FORMS = ("sqlite", "rabbitmq", "kafka", "activemq", "activemq-virtual", "artemis")
 PUBLISHERS = 2
 MEMBERS = 3
+HANDED_OUT = 4  # s that RabbitMQ leaves a delivery unsettled in these runs, and that a lease in SQLite lasts
 HEARTBEAT = 2  # s, of the clients in these runs: half-open links are noticed within two or three of it
 
 
@@ -59,12 +62,12 @@ class Process:
         self.popen.wait()
 
     def wait_receiving(self, timeout: float = 60) -> None:
-        """Return once this process, a member, has said that it receives for both subscriptions."""
+        """Return once this process, a member, has said that it receives for all subscriptions."""
         mark = f" {self.popen.pid} INFO "
 
         def said() -> bool:
             lines = self._log.read_text(errors="replace").splitlines()
-            return sum(mark in line and "receiving" in line for line in lines) >= 2
+            return sum(mark in line and "receiving" in line for line in lines) >= 3
 
         wait_until(said, timeout, f"process {self.popen.pid} to receive")
 
@@ -82,6 +85,15 @@ class Process:
         """Start it again, whatever its predecessor was in the middle of."""
         self.kill()
         self.popen = self._start()
+
+
+class ImpatientRabbitMQ(RabbitMQ):
+    """Looks every second for deliveries that are out for too long; left alone it does every minute."""
+
+    def environment(self) -> dict[str, str]:
+        environment = super().environment()
+        environment["RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS"] += " -rabbit channel_tick_interval 1000"
+        return environment
 
 
 class World:
@@ -107,6 +119,7 @@ class World:
         self.members: list[Process] = []
         self.config = folder / "pubsub.toml"  # through the proxy
         self.direct = folder / "direct.toml"  # for the accountant, past it
+        self.levers = Levers(folder / "levers")
         self.namespace = f"chaos-{os.getpid()}-{int(time.time())}"
 
     @contextlib.contextmanager
@@ -153,7 +166,7 @@ class World:
         if self.form == "sqlite":
             self._write(
                 self.config,
-                {"backend": "sqlite", "sqlite": {"path": str(self.folder / "chaos.db"), "lease": 5}},
+                {"backend": "sqlite", "sqlite": {"path": str(self.folder / "chaos.db"), "lease": HANDED_OUT}},
             )
             self._write(self.direct, tomllib.loads(self.config.read_text()))
             return
@@ -164,6 +177,9 @@ class World:
         cls = native.BROKERS[name]
         ports = {port: free.pop() for port in DEFAULTS[name]}
         extra: list[str] = []
+        if name == "rabbitmq":
+            cls = ImpatientRabbitMQ
+            extra = [f"consumer_timeout = {HANDED_OUT * 1000}"]
         if name == "kafka":
             inner = free.pop()
             extra = [
