@@ -28,7 +28,7 @@ SOON: Final = 0.004  # s within which it ends at those that take a while
 
 true_time: Final = time.time
 
-_SLOTS: Final = 3
+_SLOTS: Final = 4
 _copying: contextvars.ContextVar[bool] = contextvars.ContextVar("copying", default=False)
 
 
@@ -71,6 +71,15 @@ class Levers:
     @point.setter
     def point(self, name: str | None) -> None:
         self._numbers[2] = 0 if name is None else 1 + POINTS.index(name)
+
+    @property
+    def enough(self) -> bool:
+        """Publishers end once they have published their share; until then they go on."""
+        return self._numbers[3] > 0
+
+    @enough.setter
+    def enough(self, yes: bool) -> None:
+        self._numbers[3] = float(yes)
 
     # -- in the processes -------------------------------------------------------------------------
 

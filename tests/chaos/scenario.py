@@ -67,7 +67,7 @@ def run(
         form: backend form.
         folder: empty, for this run.
         seed: draws the faults, and when they happen.
-        count: messages of each publisher.
+        count: messages of each publisher, at least.
         faults: how many happen at least, while messages are published.
         rate: messages a second of each publisher.
         patience: seconds to wait, after the last fault, for what was promised.

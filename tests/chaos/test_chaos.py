@@ -24,10 +24,10 @@ SEED = int(os.environ.get("SEED") or random.randrange(10**6))
     [form if form == "sqlite" else pytest.param(form, marks=pytest.mark.broker(form)) for form in FORMS],
 )
 def test_nothing_confirmed_is_lost(form: str, tmp_path: Path) -> None:
-    result = scenario.run(form, tmp_path, seed=SEED, count=2000, faults=8, rate=100, patience=60)
+    result = scenario.run(form, tmp_path, seed=SEED, count=1500, faults=8, rate=100, patience=60)
     print(scenario.HEADER, result.row(), sep="\n")
     assert not result.lost_count, f"seed {SEED}, after {result.faults}: lost {result.lost}"
-    assert result.published == 2 * 2000
+    assert result.published >= 2 * 1500
     assert result.duplicates <= result.bound, f"seed {SEED}: {result}"
     assert result.handled + result.dead >= 2 * result.published
     shutil.rmtree(tmp_path, ignore_errors=True)

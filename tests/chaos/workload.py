@@ -47,15 +47,18 @@ def message_id(publisher: int, number: int) -> str:
 async def publish(
     settings: Settings, folder: Path, levers: Levers, publisher: int, count: int, rate: float
 ) -> None:
-    """Publish from where this publisher's predecessor was certain, at ``rate`` messages a second."""
+    """Publish from where this publisher's predecessor was certain, at ``rate`` messages a second.
+
+    At least ``count`` of them, and until it is told that it is enough.
+    """
     path = folder / f"published-{publisher}"
     done = sum(1 for _ in path.open()) if path.exists() else 0
     with path.open("a") as confirmed:
         async with AsyncPubSub(settings) as pubsub:
             levers.watch(pubsub._supervisor.backend)
             begin, first = time.monotonic(), done
-            while done < count:
-                numbers = range(done, min(done + BATCH, count))
+            while done < count or not levers.enough:
+                numbers = range(done, done + BATCH)
                 await _confirm(pubsub, [_message(publisher, number) for number in numbers])
                 confirmed.write("".join(f"{message_id(publisher, number)}\n" for number in numbers))
                 confirmed.flush()

@@ -103,7 +103,7 @@ class World:
         form: backend form, one of `FORMS`.
         folder: for logs and the record of what was published and handled.
         seed: of every choice the run makes.
-        count: messages each publisher publishes.
+        count: messages each publisher publishes at least; a multiple of `workload.BATCH`.
         rate: messages a second of each publisher.
     """
 
@@ -217,7 +217,11 @@ class World:
         path.write_text("\n".join([*lines, ""]))
 
     def wait_published(self, timeout: float) -> None:
-        """Return once every publisher has ended by itself; one that was killed meanwhile is started again."""
+        """Return once every publisher has ended by itself; one that was killed meanwhile is started again.
+
+        They publish until this is called, and further until each has published its share.
+        """
+        self.levers.enough = True
 
         def all_done() -> bool:
             for publisher in self.publishers:
