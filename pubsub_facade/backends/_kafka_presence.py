@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable
 from typing import Final
 
 from pubsub_facade.backends._kafka_registry import Registry
-from pubsub_facade.errors import ConnectionLost, PubSubError, SendFailed
+from pubsub_facade.errors import ConnectionLost, PubSubError
 from pubsub_facade.subscription import Era, Subscription
 
 log = logging.getLogger("pubsub_facade")
@@ -62,7 +62,7 @@ class Presence:
                 ", ".join(subscription.patterns),
                 error or "no answer in time",
             )
-        if self._task is None and self._here:
+        if self._here and (self._task is None or self._task.done()):
             self._task = asyncio.get_running_loop().create_task(self._keep(), name="pubsub-kafka-presence")
 
     async def leave(self, owner: object) -> None:
@@ -91,16 +91,18 @@ class Presence:
             self._task = None
 
     async def _keep(self) -> None:
+        retry = RETRY
+        pause = RENEW if self._written == self._version else retry
         while True:
-            await asyncio.sleep(RENEW if self._written == self._version else RETRY)
+            await asyncio.sleep(pause)
             self._version += 1
             try:
                 await self._write()
-            except (ConnectionLost, SendFailed) as error:
+            except PubSubError as error:  # `enter`, or who uses the link, tells what is wrong
                 log.debug("kafka: the lease of ephemeral subscriptions is not renewed yet: %s", error)
-            except PubSubError as error:  # a right is missing, which `enter` has told
-                log.debug("kafka: the lease of ephemeral subscriptions cannot be renewed: %s", error)
-                await asyncio.sleep(RENEW)
+                pause, retry = retry, min(2 * retry, RENEW)
+            else:
+                pause, retry = RENEW, RETRY
 
     async def _write(self) -> None:
         """Return when what is here now is stored: those who wait while another writes share the next write."""
