@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from pubsub_facade.backends._activemq_wire import Letter
 from pubsub_facade.backends._stomp import BrokerRefused, Frame, Link, control
-from pubsub_facade.errors import AuthenticationFailed, ConnectionLost, PubSubError
+from pubsub_facade.errors import AuthenticationFailed, ConnectionFailed, ConnectionLost, PubSubError
 from pubsub_facade.settings import Settings
 
 ANSWER: Final = 30.0  # s that the broker may take for an administrative answer
@@ -84,6 +84,15 @@ class Session:
 
     async def connect(self, client_id: str | None = None) -> Link:
         """A further link, which the caller closes. Raises ConnectionFailed and its kinds, ClientBusy too."""
+        try:
+            return await self._connect(client_id)
+        except ConnectionFailed as error:
+            # Classic, where a client-id is taken, now and then closes the link before it has said so.
+            if client_id is None or not isinstance(error.__cause__, ConnectionLost):
+                raise
+            return await self._connect(client_id)
+
+    async def _connect(self, client_id: str | None) -> Link:
         section = self._settings.activemq
         return await Link.connect(
             section.address, section.tls, section.heartbeat, self._settings.connect_timeout, client_id

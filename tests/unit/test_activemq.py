@@ -10,8 +10,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from stomp import utils
 
-from pubsub_facade import wire
+from pubsub_facade import Settings, wire
 from pubsub_facade.backends._activemq_record import Record, cover_of, places_for
+from pubsub_facade.backends._activemq_session import Session
 from pubsub_facade.backends._activemq_wire import (
     MAX_HEADER,
     MessageCodec,
@@ -21,8 +22,8 @@ from pubsub_facade.backends._activemq_wire import (
     one_word,
     reserved,
 )
-from pubsub_facade.backends._stomp import Parser, control, escape, send_frame, unescape
-from pubsub_facade.errors import MessageError, TopologyConflict
+from pubsub_facade.backends._stomp import ClientBusy, Link, Parser, control, escape, send_frame, unescape
+from pubsub_facade.errors import ConnectionFailed, ConnectionLost, MessageError, TopologyConflict
 from pubsub_facade.message import Failure, Message
 from pubsub_facade.subscription import Definition, Era, Subscription
 from pubsub_facade.topics import covers, matches
@@ -211,3 +212,24 @@ def test_text_beyond_the_basic_plane_is_carried_in_ascii() -> None:
     assert headers["plain"] == "größe"
     read = codec.message("a.b", headers, b"")
     assert (read.key, read.id, dict(read.headers)) == ("k😀", "i😀", dict(message.headers))
+
+
+@pytest.mark.parametrize("client_id", [None, "social$audit$#"])
+async def test_a_client_id_is_asked_for_again_where_the_link_ends_without_a_word(
+    monkeypatch: pytest.MonkeyPatch, client_id: str | None
+) -> None:
+    """Classic refuses one that is taken with ERROR, and now and then closes the link before that is sent."""
+    attempts = 0
+
+    async def connect(*_: object) -> Link:
+        nonlocal attempts
+        attempts += 1
+        if attempts == 1:
+            raise ConnectionFailed("cannot connect") from ConnectionLost("closed by the broker")
+        raise ClientBusy("already connected from")
+
+    monkeypatch.setattr(Link, "connect", connect)
+    with pytest.raises(ConnectionFailed) as caught:
+        await Session(Settings()).connect(client_id)
+    assert isinstance(caught.value, ClientBusy) == (client_id is not None)
+    assert attempts == (1 if client_id is None else 2)
