@@ -55,6 +55,7 @@ class Form(ABC):
         self.space = one_word(settings.namespace)
         self.settings = settings.activemq
         self.notices = f"{self.space}$notice"  # a topic: names of subscriptions that were changed
+        self.demand = f"{self.space}$demand"  # a queue: the entries of all subscriptions (`_activemq_demand`)
 
     def queue(self, kind: str, name: str) -> str:
         """The name of a queue beside a subscription."""
@@ -67,6 +68,14 @@ class Form(ABC):
     @abstractmethod
     def queue_lines(self, queue: str) -> str:
         """Encoded header lines of a SEND to a queue."""
+
+    def passing_lines(self, queue: str, seconds: float) -> str:
+        """As `queue_lines`, of a message that neither outlives these seconds nor a restart of the broker.
+
+        Classic lets go of such a message in silence; it would move a persistent one to its own dead letters.
+        """
+        lines = self.queue_lines(queue).replace("persistent:true", "persistent:false")
+        return f"{lines}expires:{int((time.time() + seconds) * 1000)}\n"
 
     @abstractmethod
     def notice_lines(self) -> str:
@@ -119,9 +128,19 @@ class Form(ABC):
     async def sweep(self, session: Session, queue: str, wanted: Wanted) -> list[Frame]:
         """All that a queue holds now, oldest first; what is ``wanted`` is removed, the rest stays as it is."""
 
+    async def browse(self, session: Session, queue: str) -> list[Frame]:
+        """What a queue holds, as `sweep` tells, where the broker has no cheaper way that shows most of it."""
+        return await self.sweep(session, queue, nothing)
+
+    async def make_demand(self, session: Session) -> None:
+        """Make the queue `demand` exist, where sending to it does not."""
+        return
+
     async def records(self, session: Session, name: str) -> list[Frame]:
-        """The stored records of a subscription."""
-        return await self.sweep(session, self.queue("record", name), nothing)
+        """The stored records of a subscription: few, and members ask for them often."""
+        return [
+            frame for frame in await self.browse(session, self.queue("record", name)) if RECORD in frame[0]
+        ]
 
     @abstractmethod
     async def count(self, session: Session, name: str, covers: Sequence[str]) -> Backlog:
@@ -198,14 +217,17 @@ class Classic(Form):
             raise PubSubError(f"activemq: queue {queue} could not be read within {ANSWER:g} s") from error
         return frames
 
-    async def records(self, session: Session, name: str) -> list[Frame]:
-        """Browsed: members ask for them often, and there are few."""
-        headers = {"destination": f"/queue/{self.queue('record', name)}", "browser": "true", "ack": "auto"}
+    async def browse(self, session: Session, queue: str) -> list[Frame]:
+        """400 messages at most (``maxBrowsePageSize``); expired ones may be among them. Waits for no sweep."""
+        headers = {"destination": f"/queue/{queue}", "browser": "true", "ack": "auto"}
         frames: list[Frame] = []
-        async with session.subscribed(headers) as box:
-            while "browser" not in (frame := await next_of(box))[0]:
-                frames.append(frame)
-        return [frame for frame in frames if RECORD in frame[0]]
+        try:
+            async with session.subscribed(headers) as box, asyncio.timeout(ANSWER):
+                while "browser" not in (frame := await next_of(box))[0]:
+                    frames.append(frame)
+        except TimeoutError as error:
+            raise PubSubError(f"activemq: queue {queue} could not be read within {ANSWER:g} s") from error
+        return [frame for frame in frames if FENCE not in frame[0]]
 
     async def _empty(self, session: Session, name: str) -> None:
         for kind in ("retry", "dead", "record"):
@@ -321,6 +343,10 @@ class Virtual(Classic):
     competing = True
     root = "VirtualTopic."
 
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        self.demand += ".virtual"  # what is published for one of Classic's forms does not reach the other
+
     def topic_of(self, headers: Mapping[str, str]) -> str | None:
         shown = headers.get("original-destination") or headers.get("destination", "")
         _, found, topic = shown.partition(f"/topic/{self.root}{self.space}.")
@@ -433,6 +459,11 @@ class Artemis(Form):
                 change = {"name": self._line(name, cover), "exclusive": ordered}
                 await self._manage(session, "broker", "updateQueue", json.dumps(change))
 
+    async def make_demand(self, session: Session) -> None:
+        """By default Artemis keeps what has expired, in another queue."""
+        await self._set(session, self.demand, "expiryAddress", "")
+        await self._create_queue(session, self.demand, None, **{"non-destructive": True})
+
     async def _create_queue(
         self, session: Session, queue: str, address: str | None, **options: bool
     ) -> dict[str, object]:
@@ -453,12 +484,14 @@ class Artemis(Form):
     async def _keep_trying(self, session: Session) -> None:
         """By default Artemis puts aside what was handed out ten times to members that crashed (`docs`)."""
         for match in (f"{self.space}.#", f"{self.space}$retry.#"):
-            known = json.loads(
-                await self._manage(session, "broker", "getAddressSettingsAsJSON", match.replace("#", "x"))
-            )
-            if known.get("maxDeliveryAttempts") != -1:
-                setting = json.dumps({"maxDeliveryAttempts": -1})
-                await self._manage(session, "broker", "addAddressSettings", match, setting)
+            await self._set(session, match, "maxDeliveryAttempts", -1)
+
+    async def _set(self, session: Session, match: str, setting: str, value: object) -> None:
+        """An address setting of our own, where it is not so already."""
+        an_address = match.replace("#", "x")
+        known = json.loads(await self._manage(session, "broker", "getAddressSettingsAsJSON", an_address))
+        if known.get(setting) != value:
+            await self._manage(session, "broker", "addAddressSettings", match, json.dumps({setting: value}))
 
     async def remove(self, session: Session, name: str, covers: Sequence[str]) -> None:
         queues = [self._line(name, cover) for cover in covers]

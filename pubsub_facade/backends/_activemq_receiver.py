@@ -10,10 +10,12 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
+import uuid
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
+from pubsub_facade.backends._activemq_demand import EPHEMERAL, RENEWAL, Demand
 from pubsub_facade.backends._activemq_forms import Form
 from pubsub_facade.backends._activemq_record import Record, places_for
 from pubsub_facade.backends._activemq_session import Session, store
@@ -35,6 +37,7 @@ class Home(Protocol):
     session: Session
     form: Form
     codec: MessageCodec
+    demand: Demand
 
     async def record(self, name: str) -> Record | None: ...
     def due_lines(self, delay: float) -> str: ...
@@ -83,6 +86,8 @@ class ActivemqReceiver(Receiver):
         self._noticed = False  # since the last record was asked for, somebody changed it
         self._outdated = False  # the record in hand is known to be old: nothing is judged by it
         self._adding = asyncio.Lock()
+        self._owner = ""  # of the lease of an ephemeral subscription
+        self._lease: asyncio.TimerHandle | None = None
         self._lost: ConnectionLost | None = None
         self._closed = False
 
@@ -162,6 +167,22 @@ class ActivemqReceiver(Receiver):
         link = await self._link(None)
         for cover in places:
             await self._receive_from(link, cover, form.from_topics(cover, self._window, selector))
+        await self._home.demand.prepare()
+        self._owner = EPHEMERAL + uuid.uuid4().hex
+        await store(link, [self._home.demand.lease(self._owner, self._record)])
+        self._lease = self._loop.call_later(RENEWAL, self._renew_lease)
+
+    def _renew_lease(self) -> None:
+        """Say on our own link that we are still here; where that is refused the link ends, and we with it."""
+        if self._lost is not None:
+            return
+        self._links[0].write(self._home.demand.lease(self._owner, self._record).frame(""))
+        self._lease = self._loop.call_later(RENEWAL, self._renew_lease)
+
+    def _end_lease(self) -> None:
+        if self._lease is not None:
+            self._lease.cancel()
+            self._links[0].write(self._home.demand.lease(self._owner, None).frame(""))
 
     async def _link(self, client_id: str | None) -> Link:
         link = await self._home.session.connect(client_id)
@@ -419,6 +440,7 @@ class ActivemqReceiver(Receiver):
         self._forget(self)
         self._flush()
         self._wake()
+        self._end_lease()
         for timer in self._early.values():
             timer.cancel()
         tasks = [task for task in (self._standing_by, self._renewing) if task is not None]

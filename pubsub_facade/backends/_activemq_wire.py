@@ -27,6 +27,9 @@ RECORD: Final = "pubsub-record"  # id of a stored definition
 LIFE: Final = "pubsub-life"  # of a retry: which of the subscriptions of this name it belongs to
 SEED: Final = "pubsub-seed"  # makes a broker remember a queue; means nothing to members
 FENCE: Final = "pubsub-fence"  # the end of what was there when a sweep began
+ENTRY: Final = "pubsub-entry"  # id of an entry among the subscriptions of a namespace
+OWNER: Final = "pubsub-owner"  # whose entry it is
+GONE: Final = "pubsub-gone"  # the owner has left
 
 NO_EXTRA: Final[Mapping[str, str]] = {}
 _RESERVED: Final = frozenset(

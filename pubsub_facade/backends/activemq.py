@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import Final
 
 from pubsub_facade import wire
+from pubsub_facade.backends._activemq_demand import Demand
 from pubsub_facade.backends._activemq_doctor import examine_artemis, examine_classic
 from pubsub_facade.backends._activemq_forms import Artemis, Durable, Form, Virtual, everything
 from pubsub_facade.backends._activemq_receiver import ActivemqReceiver
@@ -29,6 +30,7 @@ from pubsub_facade.errors import (
     ConnectionLost,
     Fate,
     MessageError,
+    PubSubError,
     SendFailed,
 )
 from pubsub_facade.message import Message
@@ -56,6 +58,7 @@ class ActivemqBackend(Backend):
         else:
             self.form = Durable(settings)
         self.session = Session(settings)
+        self.demand = Demand(self.session, self.form)
         self.codec = MessageCodec()
         self._schedules = self.section.flavor == "artemis" or self.section.scheduler
         self._lines: dict[str, str] = {}  # topic -> encoded header lines
@@ -71,7 +74,7 @@ class ActivemqBackend(Backend):
             stored_attempts=False,
             delay=self._schedules,
             replay=False,
-            require_subscribers=False,
+            require_subscribers=True,
             backlog=artemis or self.section.admin_url is not None,
             max_payload=self.section.max_payload,
         )
@@ -80,6 +83,7 @@ class ActivemqBackend(Backend):
 
     async def open(self) -> None:
         await self.session.open()
+        self.demand.reset()
 
     async def close(self) -> None:
         await asyncio.gather(*(receiver.close() for receiver in list(self._receivers)))
@@ -93,7 +97,33 @@ class ActivemqBackend(Backend):
     # -- publishing -------------------------------------------------------------------------------
 
     async def send(self, messages: Sequence[Message]) -> None:
-        await self._send(messages, [self._topic_lines(message) for message in messages])
+        alone = await self._unwanted(messages) if self.settings.require_subscribers else []
+        if not alone:
+            await self._send(messages, [self._topic_lines(message) for message in messages])
+            return
+        text = f"activemq: {len(alone)} of {len(messages)} messages have no subscription (require_subscribers is set)"
+        fates: dict[str, Fate] = {message.id: "not stored" for message in alone}
+        refused = set(map(id, alone))
+        others = [message for message in messages if id(message) not in refused]
+        if others:
+            try:
+                await self._send(others, [self._topic_lines(message) for message in others])
+            except SendFailed as error:
+                raise SendFailed(f"{text}; {error}", fates | error.fates) from error
+        raise SendFailed(text, fates)
+
+    async def _unwanted(self, messages: Sequence[Message]) -> list[Message]:
+        """Those that no subscription would get; where that cannot be known, nothing is sent and all fail."""
+        try:
+            return await self.demand.unwanted(messages)
+        except ConnectionLost:
+            raise
+        except PubSubError as error:
+            raise SendFailed(
+                f"activemq: who would get {len(messages)} messages cannot be known (require_subscribers is set), "
+                f"so none was sent: {error}",
+                {message.id: "not stored" for message in messages},
+            ) from error
 
     async def resend(self, subscription: str, messages: Sequence[Message]) -> None:
         lines = self.form.queue_lines(self.form.queue("retry", subscription))
@@ -198,12 +228,16 @@ class ActivemqBackend(Backend):
         fresh = [cover for cover in new.places if cover not in known]
         await self.form.create(self.session, name, new.places, fresh, ordered=ordered)
         if new is old and len(stored) == 1:
+            await self.demand.confirm(name, new)
             return
+        await self.demand.prepare()
+        left = await self.demand.entries(name) if stored else []
         # Again: its places exist only now, so only from now on its new patterns count.
         new = Record.declared(subscription, old, wanted)
         queue = self.form.queue("record", name)
         letter = Letter(self.form.queue_lines(queue), {RECORD: uuid.uuid4().hex}, new.to_json())
-        await store(self.session.main, [letter])
+        await store(self.session.main, [letter, self.demand.entry(name, new)])
+        await self.demand.remove(left)
         if stored:
             await self.form.sweep(self.session, queue, lambda headers: headers.get(RECORD) in stored)
             await self._notify(name)
@@ -220,6 +254,7 @@ class ActivemqBackend(Backend):
         if record is not None or stored:
             await self.form.remove(self.session, subscription, record.places if record is not None else ())
             await self._notify(subscription)
+        await self.demand.forget(subscription)
 
     async def consume(self, subscription: Subscription, window: int) -> Receiver:
         receiver = ActivemqReceiver(self, subscription, window, self._receivers.remove)
