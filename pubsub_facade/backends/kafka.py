@@ -253,17 +253,19 @@ class KafkaBackend(Backend):
         missing = await shared.topics.locate(topics)
         if not missing:
             return
-        specs: list[Spec] = []
         by_name = {self._names.topic(topic): topic for topic in missing}
         aliased = {name: topic for name, topic in by_name.items() if self._names.is_alias(name)}
         await self._register_aliases(aliased)
-        specs = [shared.topics.spec(name) for name in by_name]
-        refused = await shared.topics.create(specs)
+        refused = await shared.topics.create([shared.topics.spec(name) for name in by_name])
         if refused:
             aliased = {self._names.alias(by_name[name]): by_name[name] for name in refused}
             await self._register_aliases(aliased)
             await shared.topics.create([shared.topics.spec(name) for name in aliased])
-        await shared.topics.locate(missing)
+            by_name = {name: topic for name, topic in by_name.items() if name not in refused} | aliased
+        for name, topic in by_name.items():
+            shared.topics.known[topic] = (
+                name  # not asked for again: another broker may not have heard of it yet
+            )
         self._look()
 
     async def _register_aliases(self, aliased: dict[str, str]) -> None:

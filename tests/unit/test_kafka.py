@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from hypothesis import given
@@ -11,10 +12,16 @@ from hypothesis import strategies as st
 
 pytest.importorskip("aiokafka", reason="the extra kafka is not installed")
 
+from pubsub_facade import Message, Settings
+from pubsub_facade.backends._kafka_cluster import Cluster
 from pubsub_facade.backends._kafka_log import Records
 from pubsub_facade.backends._kafka_member import share_out
+from pubsub_facade.backends._kafka_names import Names
 from pubsub_facade.backends._kafka_partition import MAX_METADATA, Partition, Progress
+from pubsub_facade.backends._kafka_records import Outgoing
 from pubsub_facade.backends._kafka_retry import PARTITIONS, SLACK, SOON, SOON_PARTITIONS, place, ready_at
+from pubsub_facade.backends._kafka_topics import Topics
+from pubsub_facade.backends.kafka import KafkaBackend
 
 TP = ("t", 0)
 
@@ -163,3 +170,42 @@ def test_every_partition_goes_to_one_member_that_wants_it() -> None:
     assert sorted(everything) == sorted([("a", n) for n in range(5)] + [("b", n) for n in range(4)])
     assert all(topic == "a" for topic, _ in shares["m2"])
     assert all(topic == "b" for topic, _ in shares["m3"])
+
+
+class LaggingCluster:
+    """Brokers that hear of a new topic one after another: the second to be asked does not know it yet."""
+
+    def __init__(self) -> None:
+        self.topics: dict[str, list[int]] = {}
+        self.made: list[str] = []
+        self.told = False
+
+    async def refresh(self, names: Collection[str]) -> None:
+        self.topics = {} if self.told else {name: [0] for name in names if name in self.made}
+        self.told = bool(self.topics)
+
+    async def call_controller(self, request: Any) -> Any:
+        self.made += [name for name, *_ in request.create_topic_requests]
+        return SimpleNamespace(topic_errors=[(name, 0, None) for name in self.made])
+
+
+async def test_a_topic_that_was_made_is_published_to_though_another_broker_has_not_heard_of_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = Settings(backend="kafka", namespace="ns")
+    backend = KafkaBackend(settings)
+    cluster = LaggingCluster()
+    topics = Topics(cast(Cluster, cluster), Names("ns"), settings.kafka, {})
+    stored: list[tuple[str, int]] = []
+
+    async def store(lines: Mapping[tuple[str, int], Sequence[Outgoing]]) -> None:
+        stored.extend(lines)
+
+    producer = SimpleNamespace(store=store, turn=lambda: 0, partition=lambda key, count: 0)
+    monkeypatch.setattr(
+        backend, "_shared", SimpleNamespace(cluster=cluster, topics=topics, producer=producer)
+    )
+    for topic in ("a", "b"):
+        await backend.send([Message(topic, 1)])
+    assert cluster.made == ["ns.a", "ns.b"]
+    assert stored == [("ns.a", 0), ("ns.b", 0)]
