@@ -1,16 +1,22 @@
 """A tiny model of the contract, and a state machine that holds a backend against it, step by step.
 
 The model of a subscription is three sets of message ids: waiting, in hand, dead. Every step is something a user
-or the world can do; after each, what the backend hands out must be what the model says is there.
+or the world can do; after each, what the backend hands out must be what the model says is there. Only where a
+seek went before may some ids come that need not: what was published before the declaration, and retries.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
+import selectors
+import socket
 import uuid
+from asyncio import AbstractEventLoop
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
@@ -34,6 +40,9 @@ class Expected:
     waiting: dict[str, int] = field(default_factory=dict)  # id -> attempt it must come with, at least
     dead: set[str] = field(default_factory=set)
     hand: dict[str, Delivery] = field(default_factory=dict)
+    maybe: set[str] = field(default_factory=set)  # what a seek may bring, and need not
+    history: list[str] = field(default_factory=list)  # what was published for it since it was declared
+    tried: dict[str, int] = field(default_factory=dict)  # id -> the last attempt that was seen
     stream: Stream | None = None
 
 
@@ -47,13 +56,20 @@ class ContractMachine(RuleBasedStateMachine):
 
     settings: Callable[[str], Settings]
     patience = 20.0  # s until something that must come has not come
+    has_link = False  # to a broker, which a crash can cut
 
     @initialize(pattern=st.sampled_from(PATTERNS))
     def connect(self, pattern: str) -> None:
-        self.loop = asyncio.new_event_loop()
-        self.pubsub = AsyncPubSub(type(self).settings(f"model-{uuid.uuid4().hex[:10]}"))
+        self.namespace = f"model-{uuid.uuid4().hex[:10]}"
+        self.published: list[tuple[str, str]] = []  # id and topic of all
+        self.crashed: list[tuple[AbstractEventLoop, AsyncPubSub]] = []
+        self._begin()
         self.expected: dict[str, Expected] = {NAMES[0]: Expected(pattern)}
         self.run(self.pubsub.declare(pattern, subscription=NAMES[0]))
+
+    def _begin(self) -> None:
+        self.loop = asyncio.new_event_loop()
+        self.pubsub = AsyncPubSub(type(self).settings(self.namespace))
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         return self.loop.run_until_complete(asyncio.wait_for(coroutine, 2 * self.patience))
@@ -73,6 +89,8 @@ class ContractMachine(RuleBasedStateMachine):
             for expected in self.expected.values():
                 if matches(expected.pattern, topic):
                     expected.waiting[message.id] = 1
+                    expected.history.append(message.id)
+            self.published.append((message.id, topic))
 
     @precondition(lambda self: any(expected.waiting for expected in self.expected.values()))
     @rule(data=st.data(), count=st.integers(1, 3))
@@ -83,7 +101,7 @@ class ContractMachine(RuleBasedStateMachine):
         for _ in range(min(count, len(self.expected[name].waiting))):
             self._take(name)
 
-    def _take(self, name: str) -> Delivery:
+    def _take(self, name: str) -> None:
         expected = self.expected[name]
         if expected.stream is None:
             expected.stream = self.pubsub.subscribe(
@@ -99,14 +117,17 @@ class ContractMachine(RuleBasedStateMachine):
             raise AssertionError(
                 f"{name}: nothing came within {self.patience} s; waiting are {expected.waiting}"
             ) from None
-        assert delivery.id in expected.waiting, (
+        assert delivery.id in expected.waiting or delivery.id in expected.maybe, (
             f"{name} got {delivery!r}, which the model does not have waiting"
         )
-        least = expected.waiting.pop(delivery.id)
+        least = expected.waiting.pop(delivery.id, 1)
+        expected.tried[delivery.id] = delivery.attempt
         assert delivery.attempt >= least, f"{delivery!r} came as attempt {delivery.attempt}, not {least}"
         assert matches(expected.pattern, delivery.topic)
-        expected.hand[delivery.id] = delivery
-        return delivery
+        if delivery.id in expected.hand:
+            self.run(delivery.ack())  # a twin that a seek brought
+        else:
+            expected.hand[delivery.id] = delivery
 
     def _in_hand(self, data: st.DataObject) -> tuple[Expected, Delivery]:
         names = sorted(name for name, expected in self.expected.items() if expected.hand)
@@ -154,6 +175,19 @@ class ContractMachine(RuleBasedStateMachine):
         expected.dead.discard(id)
         expected.waiting[id] = 1
 
+    @precondition(lambda self: self.pubsub.capabilities.replay and self._away())
+    @rule(data=st.data(), to=st.sampled_from(("beginning", "end")))
+    def seek(self, data: st.DataObject, to: Literal["beginning", "end"]) -> None:
+        name = data.draw(st.sampled_from(self._away()))
+        expected = self.expected[name]
+        self.run(self.pubsub.seek(name, to))
+        expected.maybe |= {id for id, topic in self.published if matches(expected.pattern, topic)}
+        expected.waiting = dict.fromkeys(expected.history, 1) if to == "beginning" else {}
+
+    def _away(self) -> list[str]:
+        """Subscriptions of which no member is there."""
+        return sorted(name for name, expected in self.expected.items() if expected.stream is None)
+
     # -- what the world does ----------------------------------------------------------------------
 
     @precondition(lambda self: any(expected.stream for expected in self.expected.values()))
@@ -180,6 +214,25 @@ class ContractMachine(RuleBasedStateMachine):
         for expected in self.expected.values():
             self._came_back(expected)
 
+    @precondition(lambda self: type(self).has_link and not self.crashed and self._may_be_tried_again())
+    @rule()
+    def crash(self) -> None:
+        """The process ends at once, and another takes its place: here, its loop never turns again."""
+        _cut_all(self.loop)
+        self.crashed.append((self.loop, self.pubsub))
+        self._begin()
+        for expected in self.expected.values():
+            expected.stream = None
+            self._came_back(expected)
+
+    def _may_be_tried_again(self) -> bool:
+        """Whether nothing is at its last attempt: a crash may count as one, and needs not."""
+        return all(
+            attempt < MAX_ATTEMPTS
+            for expected in self.expected.values()
+            for attempt in expected.tried.values()
+        )
+
     # -- the end ----------------------------------------------------------------------------------
 
     def teardown(self) -> None:
@@ -189,14 +242,20 @@ class ContractMachine(RuleBasedStateMachine):
             for name, expected in self.expected.items():
                 self._came_back_by_leaving(expected)
                 while expected.waiting:
-                    delivery = self._take(name)
-                    expected.hand.pop(delivery.id)
-                    self.run(delivery.ack())
+                    self._take(name)
+                    for delivery in expected.hand.values():
+                        self.run(delivery.ack())
+                    expected.hand.clear()
                 dead = self.run(_ids(self.pubsub, name))
+                if expected.maybe:  # what is handled once more may die once more
+                    dead = sorted(set(dead))
                 assert dead == sorted(expected.dead), f"{name}: dead letters {dead}, model {expected.dead}"
         finally:
             self.run(self._forget())
             self.loop.close()
+            for loop, pubsub in self.crashed:
+                loop.run_until_complete(pubsub.close(grace=0))
+                loop.close()
 
     def _came_back_by_leaving(self, expected: Expected) -> None:
         if expected.hand:
@@ -209,6 +268,15 @@ class ContractMachine(RuleBasedStateMachine):
         for name in self.expected:
             await self.pubsub.delete(name)
         await self.pubsub.close()
+
+
+def _cut_all(loop: AbstractEventLoop) -> None:
+    """End every connection that a loop has, without a word from those who use them."""
+    selector: selectors.BaseSelector = loop._selector  # type: ignore[attr-defined]
+    for key in list(selector.get_map().values()):
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(key.fd)) as end:
+            if end.family in (socket.AF_INET, socket.AF_INET6):
+                end.shutdown(socket.SHUT_RDWR)
 
 
 async def _ids(pubsub: AsyncPubSub, name: str) -> list[str]:

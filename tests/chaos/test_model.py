@@ -1,7 +1,11 @@
-"""The contract as a state machine: thousands of steps on the embedded backends, hundreds on the real brokers."""
+"""The contract as a state machine: thousands of steps on the embedded backends, hundreds on the real brokers.
+
+``MODEL_EXAMPLES`` and ``MODEL_STEPS`` are how often, and with how many steps, it is tried on a real broker.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,12 +15,19 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from pubsub_facade import Settings
 from tests.chaos.model import ContractMachine
+from tests.chaos.world import FORMS
+from tests.conftest import broker_settings
 
-pytestmark = pytest.mark.timeout(300)
+EXAMPLES = int(os.environ.get("MODEL_EXAMPLES", "8"))
+STEPS = int(os.environ.get("MODEL_STEPS", "40"))
+
+pytestmark = pytest.mark.timeout(300 + EXAMPLES * STEPS)
 
 
-def hold_against_the_model(make: Callable[[str], Settings], examples: int, steps: int) -> None:
-    machine = type("Machine", (ContractMachine,), {"settings": staticmethod(make)})
+def hold_against_the_model(
+    make: Callable[[str], Settings], examples: int, steps: int, *, has_link: bool = False
+) -> None:
+    machine = type("Machine", (ContractMachine,), {"settings": staticmethod(make), "has_link": has_link})
     run_state_machine_as_test(
         machine,
         settings=settings(
@@ -45,4 +56,14 @@ def test_sqlite_does_what_the_model_says(tmp_path: Path) -> None:
         ),
         25,
         50,
+    )
+
+
+@pytest.mark.parametrize(
+    "form", [pytest.param(form, marks=pytest.mark.broker(form)) for form in FORMS if form != "sqlite"]
+)
+def test_a_broker_does_what_the_model_says(form: str) -> None:
+    load = broker_settings(form)
+    hold_against_the_model(
+        lambda namespace: load(namespace=namespace, reconnect_max=0.05), EXAMPLES, STEPS, has_link=True
     )
