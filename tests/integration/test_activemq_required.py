@@ -257,10 +257,12 @@ async def test_messages_keep_their_order_while_who_wants_them_is_asked(bench: Be
     strict, other = await bench.client(strict=True), await bench.client()
     async with other.subscribe("a", subscription="analytics", ordered=True) as stream:
         bench.declared.add("analytics")
-        outcomes = await asyncio.gather(
-            *(strict.publish("b" if n % 7 == 3 else "a", n, key="k") for n in range(200)),
-            return_exceptions=True,
-        )
+        publishing = []
+        for n in range(200):
+            one = strict.publish("b" if n % 7 == 3 else "a", n, key="k")
+            publishing.append(asyncio.create_task(one))
+            await asyncio.sleep(0.001)  # several batches are under way
+        outcomes = await asyncio.gather(*publishing, return_exceptions=True)
         expected = [n for n in range(200) if n % 7 != 3]
         assert [d.payload for d in await receive(stream, len(expected))] == expected
     failed = [n for n, outcome in enumerate(outcomes) if isinstance(outcome, SendFailed)]
