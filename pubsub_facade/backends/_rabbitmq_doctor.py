@@ -19,7 +19,7 @@ from pubsub_facade.backends.base import Finding
 from pubsub_facade.errors import AuthenticationFailed, ConnectionLost
 from pubsub_facade.message import Message
 
-OLDEST: Final = (3, 10)  # at-least-once dead-lettering of quorum queues, which retries wait by
+OLDEST: Final = (3, 10)  # at-least-once dead-lettering of quorum queues, which delayed messages wait by
 CONFIRM: Final = 5.0  # s that the broker may take for one confirm
 EXPIRES: Final = 60_000  # ms until the broker removes our queue, if we cannot
 

@@ -70,7 +70,7 @@ class Names:
         return f"{self.queue}:{index}"
 
     def retry(self, level: int) -> str:
-        """A queue whose messages return to the subscription after ``level`` ms at most."""
+        """A queue of what waits ``level`` ms at most for its next attempt."""
         return f"{self.queue}:retry.{level}"
 
     def queues(self, spread: int) -> list[str]:
@@ -119,17 +119,16 @@ class Arguments:
             arguments["x-quorum-initial-group-size"] = self.replicas
         return {**arguments, **more}
 
-    def handing_on(self, ttl: int, exchange: str, routing_key: str | None = None) -> dict[str, Any]:
+    def handing_on(self, ttl: int, exchange: str) -> dict[str, Any]:
         """A quorum queue that hands on what has had its time, and keeps it until that is confirmed."""
-        more: dict[str, Any] = {
-            "x-message-ttl": ttl,
-            "x-dead-letter-exchange": exchange,
-            "x-dead-letter-strategy": "at-least-once",
-            "x-overflow": "reject-publish",
-        }
-        if routing_key is not None:
-            more["x-dead-letter-routing-key"] = routing_key
-        return self.quorum(**more)
+        return self.quorum(
+            **{
+                "x-message-ttl": ttl,
+                "x-dead-letter-exchange": exchange,
+                "x-dead-letter-strategy": "at-least-once",
+                "x-overflow": "reject-publish",
+            }
+        )
 
     def ordered(self) -> dict[str, Any]:
         """A quorum queue with one active consumer at a time."""

@@ -21,7 +21,8 @@ from pubsub_facade.backends import _rabbitmq_frames as frames
 from pubsub_facade.backends import _rabbitmq_wire as mapping
 from pubsub_facade.backends._rabbitmq_confirms import Confirms, Outgoing
 from pubsub_facade.backends._rabbitmq_link import Channel
-from pubsub_facade.backends._rabbitmq_names import LEVELS, Names, Record, level_for
+from pubsub_facade.backends._rabbitmq_names import Names, Record, level_for
+from pubsub_facade.backends._rabbitmq_retries import Retries
 from pubsub_facade.backends._rabbitmq_topology import Topology
 from pubsub_facade.backends._rabbitmq_trials import Trials
 from pubsub_facade.backends.base import Receiver, Timer
@@ -71,6 +72,7 @@ class RabbitmqReceiver(Receiver):
         self._forget = forget
         self._trials = Trials() if record is not None and record.definition.ordered else None
         self._sets_aside = record is not None and self._trials is None
+        self._retries = None if record is None else Retries(topology, copies, record, self.fail)
         self._loop = asyncio.get_running_loop()
         self._mark: LowWaterMark[int] = LowWaterMark()
         self._arrived: deque[frames.Content] = deque()
@@ -109,6 +111,8 @@ class RabbitmqReceiver(Receiver):
         if apart is not None:
             await self._channel.call(self._channel.pika.basic_qos, prefetch_count=1)
             await self._consume(apart, APART)
+        if self._retries is not None and self._record is not None:
+            self._retries.watch(self._record.levels)
 
     async def _consume(self, queue: str, tag: str) -> None:
         self._consumers.append(tag)
@@ -147,6 +151,8 @@ class RabbitmqReceiver(Receiver):
         if self._record is not None and self._record.names == record.names:
             self._record = record
             self._filtering = record.filtering
+            if self._retries is not None:
+                self._retries.watch(record.levels)
 
     def is_of(self, names: Names) -> bool:
         """Whether this is a member of that subscription."""
@@ -156,6 +162,11 @@ class RabbitmqReceiver(Receiver):
     def consumers(self) -> int:
         """How many queues it consumes from."""
         return len(self._consumers)
+
+    @property
+    def waiting(self) -> int:
+        """Retries that it holds until their time comes."""
+        return 0 if self._retries is None else self._retries.held
 
     @property
     def unsettled(self) -> int:
@@ -429,10 +440,10 @@ class RabbitmqReceiver(Receiver):
         names = self._record.names
         if delay <= 0:
             return self._copy(delivery, names.queue, attempt=attempt)
-        level, ms = level_for(delay)
-        queue = await self._topology.retry_queue(names, level)
-        due = time.time() + delay if delay * 1000 > LEVELS[-1] else None
-        return self._copy(delivery, queue, attempt=attempt, expiration=ms, due=due)
+        level = await self._topology.retry_level(names, level_for(delay)[0])
+        if self._retries is not None:
+            self._retries.watch([level])
+        return self._copy(delivery, names.retry(level), attempt=attempt, due=time.time() + delay)
 
     def _copy(
         self,
@@ -440,7 +451,6 @@ class RabbitmqReceiver(Receiver):
         queue: str,
         *,
         attempt: int = 1,
-        expiration: int | None = None,
         due: float | None = None,
         struck: bool = False,
     ) -> Outgoing:
@@ -450,7 +460,6 @@ class RabbitmqReceiver(Receiver):
             id,
             attempt=attempt,
             failure=delivery.failure,
-            expiration=expiration,
             due=due,
             struck=struck,
         )
@@ -528,6 +537,8 @@ class RabbitmqReceiver(Receiver):
         self._closed = True
         self._wake()
         channel = self._channel
+        if self._retries is not None:
+            await self._retries.close()
         try:
             if channel.error is None:
                 await (self._leave_in_order() if self._trials is not None else self._leave())

@@ -321,29 +321,33 @@ class Topology:
 
     # -- queues where messages wait ---------------------------------------------------------------
 
-    async def retry_queue(self, names: Names, level: int) -> str:
-        """The queue from which messages return to the subscription after ``level`` ms at most, declared."""
+    async def retry_level(self, names: Names, level: int) -> int:
+        """``level``, or the next longer one whose queue does not refuse messages; its queue is declared."""
         while names.retry(level) in self._refusing and level < named.LEVELS[-1]:
             level *= 2
-        queue = names.retry(level)
-        if queue in self._levels:
-            return queue
+        if names.retry(level) not in self._levels:
+            await self.declare_retries(names, level)
+        return level
+
+    async def declare_retries(self, names: Names, level: int) -> None:
+        """Declare the queue in which messages wait ``level`` ms at most for their next attempt, then tell the members.
+
+        Alone: who consumes from a queue that another is about to make loses the link (tried on 3.10.8).
+        """
         async with self._alone(names), Gets.open(self.link) as gets:
             known = await self._read(gets, names)
-            is_new = bool(known) and level not in known[-1][1].levels
-            if is_new:
-                levels = tuple(sorted({*known[-1][1].levels, level}))
-                await self._remember(gets, known, replace(known[-1][1], levels=levels))
-            arguments = self._arguments.handing_on(level, "", names.queue)
+            if not known:
+                raise ConnectionLost(f"rabbitmq: subscription {names.subscription!r} was deleted")
             async with self.link.brief_channel() as channel:
                 try:
-                    await self._declare_queue(channel, queue, arguments)
-                    if is_new:
+                    await self._declare_queue(channel, names.retry(level), self._arguments.quorum())
+                    if level not in known[-1][1].levels:
                         await self._harden(channel)
                 except ChannelClosed as error:
                     raise _conflict(names, error) from error
-        self._levels.add(queue)
-        return queue
+            levels = tuple(sorted({*known[-1][1].levels, level}))
+            await self._remember(gets, known, replace(known[-1][1], levels=levels))
+        self._levels.add(names.retry(level))
 
     async def delay_exchange(self, level: int) -> str:
         """The exchange that lets messages wait ``level`` ms at most before they are published, declared."""

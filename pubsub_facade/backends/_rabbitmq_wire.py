@@ -64,7 +64,6 @@ def encode_copy(
     *,
     attempt: int,
     failure: Failure | None,
-    expiration: int | None = None,
     due: float | None = None,
     struck: bool = False,
 ) -> bytes:
@@ -73,7 +72,7 @@ def encode_copy(
     Arguments:
         id: the delivery's, or a new one where a foreign message had none.
         struck: it was out when a process or link was lost.
-        due: seconds since the epoch before which it is not to be handed out, where ``expiration`` is sooner.
+        due: seconds since the epoch before which it is not to be handed out.
     """
     headers: dict[str, Any] = CODEC.encode_user(delivery.headers) if delivery.headers else {}
     if delivery.timestamp is not None:
@@ -89,7 +88,7 @@ def encode_copy(
         headers[wire.DUE] = repr(due)
     if struck:
         headers[STRUCK] = "1"
-    return _properties(delivery, headers, expiration, id)
+    return _properties(delivery, headers, None, id)
 
 
 def _properties(
@@ -159,6 +158,11 @@ def returns_of(content: frames.Content) -> int:
 def is_struck(content: frames.Content) -> bool:
     """Whether it was out when a process or link was lost, before this copy was made."""
     return STRUCK in frames.read_properties(content.properties).headers
+
+
+def due_of(content: frames.Content) -> float:
+    """The time before which it is not to be handed out (0: none)."""
+    return envelope_of(content).due
 
 
 def read_message(content: frames.Content) -> Message:

@@ -332,7 +332,8 @@ class RabbitmqBackend(Backend):
         in_flight = None
         if sum(receiver.consumers for receiver in mine) == counts.consumers:
             in_flight = sum(receiver.unsettled for receiver in mine)
-        return Backlog(counts.waiting, in_flight, counts.dead, None)
+        held = sum(receiver.waiting for receiver in mine)
+        return Backlog(counts.waiting + held, in_flight, counts.dead, None)
 
     async def consume(self, subscription: Subscription, window: int) -> Receiver:
         topology = await self._consuming()

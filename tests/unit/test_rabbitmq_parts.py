@@ -1,8 +1,9 @@
-"""The parts of the RabbitMQ driver that need no broker: confirms, levels, records, trials, properties."""
+"""The parts of the RabbitMQ driver that need no broker: confirms, levels, records, retries, trials, properties."""
 
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Iterable
 
 import pytest
@@ -12,7 +13,9 @@ from pubsub_facade.backends import _rabbitmq_frames as frames
 from pubsub_facade.backends import _rabbitmq_wire as mapping
 from pubsub_facade.backends._rabbitmq_confirms import Outgoing, _Group
 from pubsub_facade.backends._rabbitmq_names import LEVELS, Record, level_for
+from pubsub_facade.backends._rabbitmq_retries import Hand
 from pubsub_facade.backends._rabbitmq_trials import Trials
+from pubsub_facade.errors import ConnectionLost
 from pubsub_facade.subscription import Definition, Subscription
 
 
@@ -62,6 +65,46 @@ def test_a_delay_waits_in_the_next_level_for_its_own_time(delay: float, level: i
 def test_a_delay_beyond_the_longest_level_waits_there() -> None:
     assert level_for(1e9) == (LEVELS[-1], LEVELS[-1])
     assert LEVELS[-1] < 1 << 32, "RabbitMQ refuses a longer time to live"
+
+
+def waits(number: int, due: float) -> frames.Content:
+    encoded = frames.properties(
+        {"pubsub-due": repr(due)}, content_type=None, message_id=str(number), timestamp=None
+    )
+    return frames.Content(frames.DELIVER, "q", number, False, "a.b", encoded, b"")
+
+
+async def test_retries_in_hand_are_due_the_soonest_first_and_not_before_their_time() -> None:
+    hand, now = Hand(level=100.0), time.time()
+    for number, at in ((1, 50.0), (2, -2.0), (3, 20.0), (4, -1.0)):
+        hand.content(waits(number, now + at))
+    assert [content.tag for content in hand.due()] == [2, 4]
+    assert hand.away() == pytest.approx(20, abs=5)
+    assert hand.due() == []
+    assert len(hand) == 2
+
+
+async def test_no_clock_makes_a_retry_wait_for_longer_than_its_queue_is_for() -> None:
+    hand = Hand(level=2.0)
+    hand.content(waits(1, time.time() + 1e6))
+    away = hand.away()
+    assert away is not None
+    assert away <= 2.0
+
+
+async def test_a_retry_that_could_not_be_moved_is_tried_again_in_a_while() -> None:
+    hand = Hand(level=2.0)
+    hand.content(waits(1, 0.0))
+    hand.again(hand.due())
+    assert hand.due() == []
+    assert len(hand) == 1
+
+
+async def test_what_was_in_hand_when_the_channel_closed_is_not_in_hand_any_more() -> None:
+    hand = Hand(level=2.0)
+    hand.content(waits(1, 0.0))
+    hand.fail(ConnectionLost("gone"))
+    assert (len(hand), hand.due(), hand.away()) == (0, [], None)
 
 
 def test_a_record_is_read_as_it_was_written() -> None:
