@@ -125,15 +125,23 @@ class World:
     @contextlib.contextmanager
     def running(self) -> Iterator[World]:
         """Everything started, and everything ended afterwards."""
+        with self.serving():
+            try:
+                self.members = [self._member() for _ in range(MEMBERS)]
+                for member in self.members:
+                    member.wait_receiving()
+                yield self
+            finally:
+                for process in (*self.publishers, *self.members):
+                    process.kill()
+
+    @contextlib.contextmanager
+    def serving(self) -> Iterator[World]:
+        """The broker and the proxy only."""
         try:
             self._start_broker()
-            self.members = [self._member() for _ in range(MEMBERS)]
-            for member in self.members:
-                member.wait_receiving()
             yield self
         finally:
-            for process in (*self.publishers, *self.members):
-                process.kill()
             if self.proxy is not None:
                 self.proxy.stop()
             if self.broker is not None:
