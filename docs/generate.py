@@ -57,7 +57,8 @@ def capabilities() -> str:
         lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
     lines += [
         "",
-        "By the default settings. `[activemq] scheduler = false` takes `delay` from ActiveMQ Classic.\n",
+        "By the default settings. `[activemq] scheduler = false` takes `delay` from ActiveMQ Classic, `admin_url`\n"
+        "gives it `backlog`.\n",
     ]
     lines += ["| capability | what it says |", "|---|---|"]
     lines += [f"| `{name}` | {meaning} |" for name, meaning in meanings.items()]
