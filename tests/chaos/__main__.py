@@ -42,6 +42,9 @@ def main() -> int:
             if ids:
                 bad += 1
                 print(f"  lost of {name}: {ids[:20]}", file=sys.stderr)
+        if result.misbooked:
+            bad += 1
+            print(f"  not booked once: {result.misbooked}", file=sys.stderr)
         if result.duplicates > result.bound:
             bad += 1
             print(f"  {result.duplicates} duplicates, more than {result.bound}", file=sys.stderr)

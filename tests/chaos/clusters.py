@@ -11,6 +11,7 @@ import base64
 import collections
 import itertools
 import json
+import os
 import shutil
 import time
 import urllib.error
@@ -35,6 +36,7 @@ from tests.chaos.world import HEARTBEAT, World
 
 NODES: Final = 3
 LINES: Final = 60  # that publishers and members write down each, until clients count as served
+AWAY: Final = float(os.environ.get("AWAY") or 5)  # s that a node is away
 SERVED: Final = 60.0  # s until clients must be served by the nodes that are left
 
 
@@ -350,6 +352,17 @@ def rolling_restart(cluster: Cluster) -> None:
     cluster.wait_served()
 
 
+def node_away(cluster: Cluster) -> None:
+    """Any node, for a while: what it missed it must catch up with."""
+    node = cluster.random.choice(cluster.nodes)
+    node.stop()
+    cluster.wait_served()
+    time.sleep(AWAY)
+    cluster.wait_served()
+    cluster.revive(node)
+    cluster.wait_whole(node)
+
+
 def partition_from_the_leader(cluster: Cluster) -> None:
     """Clients and the leader do not reach each other; the nodes do. All is served once it is over, at the latest."""
     proxy = cluster.proxy_of(cluster.leader())
@@ -364,6 +377,7 @@ def partition_from_the_leader(cluster: Cluster) -> None:
 FAULTS: Final[tuple[Callable[[Cluster], None], ...]] = (
     partition_from_the_leader,
     leader_killed,
+    node_away,
     rolling_restart,
 )
 

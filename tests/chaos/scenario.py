@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pubsub_facade import AsyncPubSub, Settings
+from tests.chaos.books import bookings
 from tests.chaos.injuries import injuries_for
-from tests.chaos.workload import BATCH, SUBSCRIPTIONS, WINDOW
+from tests.chaos.workload import BATCH, SUBSCRIPTIONS, WINDOW, is_to_be_booked
 from tests.chaos.world import MEMBERS, PUBLISHERS, World
 
 
@@ -29,6 +31,8 @@ class Result:
     handled: int = 0
     dead: int = 0
     duplicates: int = 0
+    booked: int = 0  # messages that had their effect in a database
+    misbooked: dict[str, int] = field(default_factory=dict)  # id -> how often, where it is not once
     lost: dict[str, list[str]] = field(default_factory=dict)
     longest_gap: float = 0.0  # s from the end of a fault until the next delivery was handled
     seconds: float = 0.0
@@ -46,20 +50,40 @@ class Result:
 
     def row(self) -> str:
         """As a row of the table in ``docs/reliability.md``."""
-        return (
-            f"| {self.form} | {self.seed} | {len(self.faults)} | {self.published} | {self.handled} | {self.dead} "
-            f"| {self.duplicates} | {self.lost_count} | {self.longest_gap:.1f} s | {self.seconds:.0f} s |"
+        figures = (
+            self.form,
+            self.seed,
+            len(self.faults),
+            self.published,
+            self.handled,
+            self.dead,
+            self.duplicates,
+            self.booked,
+            len(self.misbooked),
+            self.lost_count,
+            f"{self.longest_gap:.1f} s",
+            f"{self.seconds:.0f} s",
         )
+        return f"| {' | '.join(map(str, figures))} |"
 
 
 HEADER = (
-    "| backend | seed | faults | published | handled | dead letters | duplicates | lost | longest gap | took |\n"
-    "|---|---|---|---|---|---|---|---|---|---|"
+    "| backend | seed | faults | published | handled | dead letters | duplicates | booked | not once | lost "
+    "| longest gap | took |\n"
+    "|---|---|---|---|---|---|---|---|---|---|---|---|"
 )
 
 
 def run(
-    form: str, folder: Path, *, seed: int, count: int, faults: int, rate: float, patience: float
+    form: str,
+    folder: Path,
+    *,
+    seed: int,
+    count: int,
+    faults: int,
+    rate: float,
+    patience: float,
+    only: Sequence[str] = (),
 ) -> Result:
     """Run one scenario.
 
@@ -71,6 +95,7 @@ def run(
         faults: how many happen at least, while messages are published.
         rate: messages a second of each publisher.
         patience: seconds to wait, after the last fault, for what was promised.
+        only: the names of the injuries to draw from; all that can happen to the form where it is empty.
     """
     world = World(form, folder, seed, count, rate)
     begin = time.monotonic()
@@ -78,7 +103,7 @@ def run(
     ends: list[float] = []
     with world.running():
         world.start_publishers()
-        menu = list(injuries_for(form))
+        menu = [injury for injury in injuries_for(form) if not only or injury.__name__ in only]
         while len(result.faults) < faults:
             round_ = menu[:]
             world.random.shuffle(round_)
@@ -106,7 +131,8 @@ async def settle_accounts(world: World, result: Result, patience: float) -> None
             missing = {
                 name: sorted(published - set(handled[name]) - set(dead[name])) for name in SUBSCRIPTIONS
             }
-            if not any(missing.values()) or time.monotonic() > deadline:
+            result.booked, result.misbooked = _booked(world.folder, published)
+            if not (any(missing.values()) or result.misbooked) or time.monotonic() > deadline:
                 break
             await asyncio.sleep(0.5)
         result.lost = {}
@@ -119,6 +145,13 @@ async def settle_accounts(world: World, result: Result, patience: float) -> None
     result.handled = sum(len(set(ids)) for ids in handled.values())
     result.dead = sum(len(set(ids)) for ids in dead.values())
     result.duplicates = sum(len(ids) - len(set(ids)) for ids in handled.values())
+
+
+def _booked(folder: Path, published: set[str]) -> tuple[int, dict[str, int]]:
+    """How many messages were booked, and those that were not booked once."""
+    booked = bookings(folder)
+    due = {id for id in published if is_to_be_booked(id)}
+    return len(booked), {id: booked[id] for id in due.union(booked) if booked[id] != 1}
 
 
 def _handled(folder: Path, subscription: str) -> list[str]:

@@ -27,6 +27,7 @@ from pubsub_facade import (
     SendFailed,
     Settings,
 )
+from tests.chaos.books import BOOKED, keep_books
 from tests.chaos.levers import Levers, true_time
 
 SUBSCRIPTIONS = ("ledger", "audit")
@@ -42,6 +43,15 @@ WINDOW = 100  # deliveries a member has in hand at most, by the client's default
 def message_id(publisher: int, number: int) -> str:
     """The id of a publisher's message: a killed publisher's successor uses the same again."""
     return f"{publisher}-{number}"
+
+
+def is_to_be_booked(id: str) -> bool:
+    """Whether the message of this id is for the subscription that keeps books."""
+    return _topic(int(id.rpartition("-")[2])) == BOOKED
+
+
+def _topic(number: int) -> str:
+    return f"chaos.t{number % TOPICS}.created"
 
 
 async def publish(
@@ -68,7 +78,7 @@ async def publish(
 
 def _message(publisher: int, number: int) -> Message:
     return Message(
-        f"chaos.t{number % TOPICS}.created",
+        _topic(number),
         {"publisher": publisher, "number": number},
         key=f"k{number % 23}",
         headers={"number": number},
@@ -133,6 +143,7 @@ def member(settings: Settings, folder: Path, levers: Levers) -> AsyncPubSub:
         spare.write(delivery)
 
     _subscribe(pubsub, [f"{SPARE}.#"], SPARE)(note)
+    keep_books(pubsub, folder)
     return pubsub
 
 

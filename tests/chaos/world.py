@@ -67,7 +67,7 @@ class Process:
 
         def said() -> bool:
             lines = self._log.read_text(errors="replace").splitlines()
-            return sum(mark in line and "receiving" in line for line in lines) >= 3
+            return sum(mark in line and "receiving" in line for line in lines) >= 4
 
         wait_until(said, timeout, f"process {self.popen.pid} to receive")
 
