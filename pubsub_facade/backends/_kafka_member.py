@@ -181,7 +181,8 @@ class Membership:
     def _lose(self) -> None:
         log.warning(
             "kafka: group %r went on without this member, which joins again: no heartbeat of it came in time "
-            "(session_timeout is %g s: did something hold up the event loop?). What it had in hand comes again",
+            "(session_timeout is %g s: did a handler hold up the event loop, or were the brokers out of reach?). "
+            "What it had in hand comes again",
             self.group,
             self._session_timeout,
         )
