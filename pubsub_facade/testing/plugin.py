@@ -9,6 +9,8 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+import shlex
+import subprocess
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,12 +23,34 @@ if TYPE_CHECKING:
     from pubsub_facade.testing.hub import Published, TestHub
 
 FOLDER = "pubsub_brokers"
+START = "pubsub_brokers_start"
 LEFT_OUT = "BROKERS"
+START_TIMEOUT = 600  # s for the command that starts a broker, images or packages included
+
+_found = pytest.StashKey[dict[str, "tuple[str | None, str | None]"]]()  # name -> URL, why it did not start
+
+
+class Hooks:
+    """What a ``conftest.py`` can add."""
+
+    @pytest.hookspec(firstresult=True)
+    def pytest_pubsub_broker(self, name: str, config: pytest.Config) -> str | None:
+        """The URL of the broker of ``@pytest.mark.broker(name)``, started if need be; asked once a session.
+
+        None: not known here; its settings are in the folder of the ini option ``pubsub_brokers``.
+        """
+
+
+def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
+    pluginmanager.add_hookspecs(Hooks)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addini(
         FOLDER, "folder with a pubsub.NAME.toml for each real broker, from the root", default=".brokers"
+    )
+    parser.addini(
+        START, "command that starts {broker} where it is not up; run once a session for each", default=""
     )
 
 
@@ -106,7 +130,11 @@ def published(pubsub_settings: Settings, request: pytest.FixtureRequest) -> Publ
 
 @pytest.fixture
 def broker(request: pytest.FixtureRequest) -> Settings:
-    """`Settings` of the real broker of ``@pytest.mark.broker("NAME")``, in a namespace of this test's own."""
+    """`Settings` of the real broker of ``@pytest.mark.broker("NAME")``, in a namespace of this test's own.
+
+    Started, where the session has not yet, by the hook ``pytest_pubsub_broker`` or the ini option
+    ``pubsub_brokers_start``.
+    """
     from pubsub_facade.settings import Settings
 
     marker = request.node.get_closest_marker("broker")
@@ -116,6 +144,10 @@ def broker(request: pytest.FixtureRequest) -> Settings:
     chosen = os.environ.get(LEFT_OUT)
     if chosen is not None and name.partition("-")[0] not in [part.strip() for part in chosen.split(",")]:
         pytest.skip(f"{name} is left out by {LEFT_OUT}={chosen}")
+    namespace = f"test-{uuid.uuid4().hex[:12]}"
+    url = _started(request.config, name)
+    if url is not None:
+        return Settings.load(url=url, namespace=namespace)
     file = Path(request.config.rootpath, request.config.getini(FOLDER), f"pubsub.{name}.toml")
     if not file.is_file():
         pytest.fail(
@@ -123,7 +155,44 @@ def broker(request: pytest.FixtureRequest) -> Settings:
             f"{LEFT_OUT}=",
             pytrace=False,
         )
-    return Settings.load(file, namespace=f"test-{uuid.uuid4().hex[:12]}")
+    return Settings.load(file, namespace=namespace)
+
+
+def _started(config: pytest.Config, name: str) -> str | None:
+    """Have the broker started, once a session; its URL where the hook tells it."""
+    found = config.stash.setdefault(_found, {})
+    if name not in found:
+        url: str | None = config.hook.pytest_pubsub_broker(name=name, config=config)
+        command = shlex.split(config.getini(START))
+        problem = None
+        if url is None and command:
+            problem = _run([part.replace("{broker}", name.partition("-")[0]) for part in command], config)
+        found[name] = url, problem
+    url, problem = found[name]
+    if problem is not None:
+        pytest.fail(f"the broker {name!r} could not be started ({START}): {problem}", pytrace=False)
+    return url
+
+
+def _run(command: list[str], config: pytest.Config) -> str | None:
+    """Run a command; what went wrong, or None."""
+    try:
+        done = subprocess.run(
+            command,
+            cwd=config.rootpath,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=START_TIMEOUT,
+            check=False,
+            text=True,
+            errors="replace",
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)
+    if done.returncode:
+        return f"{shlex.join(command)} ended with {done.returncode}:\n{done.stdout[-2000:]}"
+    return None
 
 
 @pytest.hookimpl(tryfirst=True)

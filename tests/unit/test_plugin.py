@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
+
 import pytest
 
 from pubsub_facade import Settings
@@ -205,6 +208,54 @@ def test_a_marked_test_gets_the_broker_of_the_folder(pytester: pytest.Pytester) 
         """,
     )
     result.assert_outcomes(passed=1)
+
+
+USES_THE_BROKER = """
+    import pytest
+
+    @pytest.mark.broker("sqlite")
+    @pytest.mark.parametrize("_", range(2))
+    def test_it(pubsub, broker, _):
+        assert broker.backend == "sqlite"
+        pubsub.ping()
+"""
+
+
+def test_a_hook_starts_the_broker_once_and_tells_its_url(pytester: pytest.Pytester) -> None:
+    pytester.makeconftest(
+        """
+        from pathlib import Path
+
+        def pytest_pubsub_broker(name, config):
+            with Path(config.rootpath, "started").open("a") as file:
+                print(name, file=file)
+            return f"sqlite:///{config.rootpath}/hook.db"
+        """
+    )
+    run(pytester, USES_THE_BROKER).assert_outcomes(passed=2)
+    assert (pytester.path / "started").read_text() == "sqlite\n"
+
+
+def test_a_command_starts_the_broker_once(pytester: pytest.Pytester) -> None:
+    start = pytester.makepyfile(
+        start="""
+        import pathlib, sys
+        folder = pathlib.Path(".brokers")
+        folder.mkdir()
+        (folder / f"pubsub.{sys.argv[1]}.toml").write_text(f'backend = "sqlite"\\n[sqlite]\\npath = "start.db"\\n')
+        """
+    )
+    option = f"pubsub_brokers_start={shlex.quote(sys.executable)} {start.name} {{broker}}"
+    run(pytester, USES_THE_BROKER, "-o", option).assert_outcomes(passed=2)
+
+
+def test_a_broker_that_does_not_start_fails_its_tests_with_what_the_command_said(
+    pytester: pytest.Pytester,
+) -> None:
+    option = f"pubsub_brokers_start={shlex.quote(sys.executable)} no-such-script.py {{broker}}"
+    result = run(pytester, USES_THE_BROKER, "-o", option)
+    result.assert_outcomes(errors=2)
+    result.stdout.fnmatch_lines(["*'sqlite' could not be started*ended with 2*", "*no-such-script.py*"])
 
 
 def test_a_client_that_exists_is_pointed_at_the_hub_and_back(pubsub_hub: TestHub) -> None:
