@@ -12,6 +12,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import Final
 
 from pubsub_facade import wire
@@ -21,8 +22,8 @@ from pubsub_facade.backends._activemq_session import Session, store
 from pubsub_facade.backends._activemq_wire import ENTRY, GONE, OWNER, Letter
 from pubsub_facade.backends._stomp import Frame
 from pubsub_facade.errors import PubSubError
-from pubsub_facade.filters import Filter
 from pubsub_facade.message import Message
+from pubsub_facade.subscription import Era
 from pubsub_facade.topics import TopicRouter
 
 MAX_AGE: Final = 5.0  # s that a view is sent by
@@ -52,7 +53,7 @@ class View:
                 gone.add(owner)
             elif not 0 < (wire.number(headers.get("expires"), 0) or 0) / 1000 < now:
                 records.setdefault(owner, []).append(_record(owner, body))
-        self._filters: list[Filter | None] = []
+        self._eras: list[Era] = []
         self._router: TopicRouter[int] = TopicRouter()
         for owner, known in records.items():
             merged = Record.merged(known)
@@ -60,20 +61,27 @@ class View:
                 continue
             era = merged.definition.current
             for pattern in era.patterns:
-                self._router.add(pattern, len(self._filters))
-            self._filters.append(None if era.filter is None else Filter.parse(era.filter))
+                self._router.add(pattern, len(self._eras))
+            self._eras.append(era)
 
     def wants(self, message: Message) -> bool:
         """Whether a subscription would get it, by the patterns and the filter now in force."""
+        topic, headers, eras = message.topic, message.headers, self._eras
         return any(
-            (chosen := self._filters[at]) is None or chosen.matches(message.headers)
-            for at in self._router.match(message.topic)
+            (era := eras[at]).filter is None or era.accepts(topic, headers)
+            for at in self._router.match(topic)
         )
+
+
+@lru_cache(maxsize=1024)
+def _parsed(body: bytes) -> Record:
+    """The same entries are read again and again, and a parsed filter is kept in its era."""
+    return Record.from_json(body)
 
 
 def _record(owner: str, body: bytes) -> Record:
     try:
-        return Record.from_json(body)
+        return _parsed(body)
     except ValueError as error:
         raise PubSubError(f"activemq: the entry of {owner!r} among the subscriptions: {error}") from error
 
@@ -84,15 +92,14 @@ class Demand:
     def __init__(self, session: Session, form: Form) -> None:
         self._session = session
         self._form = form
-        self._view: View | None = None
         self._read_at = 0.0
-        self._made = False
-        self._deciding = asyncio.Lock()  # who publishes first decides and sends first
+        self.reset()
 
     def reset(self) -> None:
         """The link is a new one: nothing is known of the broker."""
-        self._view = None
+        self._view: View | None = None
         self._made = False
+        self._deciding = asyncio.Lock()  # who publishes first decides and sends first
 
     # -- what subscriptions leave -----------------------------------------------------------------
 
