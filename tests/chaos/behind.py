@@ -73,6 +73,7 @@ async def catch_up(backend: str, folder: Path, count: int) -> bool:
         await first.wait()
         waited = time.perf_counter() - begin
         await last.wait()
+    async with AsyncPubSub(settings_for(backend, folder)) as pubsub:
         await pubsub.delete(NAME)
     ends = [begin + waited, *times]
     rates = [count / 10 / (after - before) for before, after in itertools.pairwise(ends)]
