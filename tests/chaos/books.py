@@ -30,19 +30,23 @@ _bookings = sa.Table(
 )
 
 
-def open_books(folder: Path) -> sa.Engine:
-    """The database of one run, made where it is not there."""
-    engine = sa.create_engine(f"sqlite:///{folder / 'books.db'}", connect_args={"timeout": 30})
+def make_books(folder: Path) -> None:
+    """Make the database of one run, before any member starts."""
+    engine = _open(folder)
     with engine.begin() as connection:
         connection.exec_driver_sql("PRAGMA journal_mode = WAL")
     _metadata.create_all(engine)
-    return engine
+    engine.dispose()
+
+
+def _open(folder: Path) -> sa.Engine:
+    return sa.create_engine(f"sqlite:///{folder / 'books.db'}", connect_args={"timeout": 30})
 
 
 def keep_books(pubsub: AsyncPubSub, folder: Path) -> None:
     """Add the subscription `BOOKS` to a member."""
 
-    @_inbox.exactly_once(sessionmaker(open_books(folder)))
+    @_inbox.exactly_once(sessionmaker(_open(folder)))
     def book(payload: dict[str, Any], delivery: Delivery, session: Session) -> None:
         session.execute(sa.insert(_bookings).values(message=delivery.id))
         if payload["number"] % FAILS_EVERY == 0 and delivery.attempt == 1:
@@ -55,7 +59,7 @@ def keep_books(pubsub: AsyncPubSub, folder: Path) -> None:
 
 def bookings(folder: Path) -> collections.Counter[str]:
     """How often each message was booked."""
-    engine = open_books(folder)
+    engine = _open(folder)
     try:
         with engine.connect() as connection:
             return collections.Counter(connection.scalars(sa.select(_bookings.c.message)))

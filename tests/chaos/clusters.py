@@ -188,6 +188,9 @@ class RabbitmqCluster(Cluster):
             try:
                 with urllib.request.urlopen(request, timeout=5) as answer:
                     return json.load(answer)
+            except urllib.error.HTTPError as raised:
+                raised.close()
+                error = raised
             except OSError as raised:
                 error = raised
         assert error is not None

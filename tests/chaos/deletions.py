@@ -43,7 +43,7 @@ async def subscription_by_the_facade(world: World, pubsub: AsyncPubSub) -> None:
 async def queue_on_rabbitmq(world: World, pubsub: AsyncPubSub) -> None:
     assert isinstance(world.broker, RabbitMQ)
     name = quote(f"{world.namespace}.{SPARE}", safe="")
-    await asyncio.to_thread(_http, "DELETE", f"{world.broker.management_url}/queues/%2F/{name}", None)
+    await asyncio.to_thread(http, "DELETE", f"{world.broker.management_url}/queues/%2F/{name}", None)
 
 
 async def topic_on_kafka(world: World, pubsub: AsyncPubSub) -> None:
@@ -144,13 +144,14 @@ def handled(world: World) -> set[str]:
 
 async def _jolokia(console: str, broker: str, operation: str, *arguments: object) -> None:
     url = f"{console}/"
-    found = await asyncio.to_thread(_http, "POST", url, {"type": "search", "mbean": broker})
+    found = await asyncio.to_thread(http, "POST", url, {"type": "search", "mbean": broker})
     request = {"type": "exec", "mbean": found["value"][0], "operation": operation, "arguments": arguments}
-    answer = await asyncio.to_thread(_http, "POST", url, request)
+    answer = await asyncio.to_thread(http, "POST", url, request)
     assert answer["status"] == 200, answer
 
 
-def _http(method: str, url: str, body: Any) -> Any:
+def http(method: str, url: str, body: Any) -> Any:
+    """Ask a broker's management; the JSON of its answer, or OSError."""
     token = base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
     headers = {"Authorization": f"Basic {token}", "Content-Type": "application/json", "Origin": url}
     data = None if body is None else json.dumps(body).encode()

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pubsub_facade import AsyncPubSub, Settings
+from tests.chaos import autopsy
 from tests.chaos.books import bookings
 from tests.chaos.injuries import injuries_for
 from tests.chaos.workload import BATCH, SUBSCRIPTIONS, WINDOW, is_to_be_booked
@@ -135,6 +136,8 @@ async def settle_accounts(world: World, result: Result, patience: float) -> None
             if not (any(missing.values()) or result.misbooked) or time.monotonic() > deadline:
                 break
             await asyncio.sleep(0.5)
+        if any(missing.values()):
+            autopsy.write(world)
         result.lost = {}
         for name, ids in missing.items():
             backlog = await pubsub.backlog(name) if ids else None

@@ -22,6 +22,7 @@ from brokers.broker import ROOT, STATE, Broker
 from brokers.ports import DEFAULTS
 from brokers.rabbitmq import RabbitMQ
 from pubsub_facade.testing.faults import Proxy, Victim, wait_until
+from tests.chaos.books import make_books
 from tests.chaos.levers import Levers
 
 FORMS = ("sqlite", "rabbitmq", "kafka", "activemq", "activemq-virtual", "artemis")
@@ -126,6 +127,7 @@ class World:
     def running(self) -> Iterator[World]:
         """Everything started, and everything ended afterwards."""
         with self.serving():
+            make_books(self.folder)
             try:
                 self.members = [self._member() for _ in range(MEMBERS)]
                 for member in self.members:

@@ -1,0 +1,35 @@
+"""What the broker says of itself where a chaos run misses messages: written beside the run's logs."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import subprocess
+
+from brokers.artemis import Artemis
+from brokers.rabbitmq import RabbitMQ
+from tests.chaos.deletions import http
+from tests.chaos.world import World
+
+COUNTS = ("MessageCount", "DeliveringCount", "ScheduledCount", "ConsumerCount")
+ARTEMIS_QUEUES = "org.apache.activemq.artemis:broker=*,component=addresses,address=*,subcomponent=queues,routing-type=*,queue=*"
+
+
+def write(world: World) -> None:
+    """Its queues, its log and, of a Java broker, its threads; nothing where the form has no broker."""
+    broker = world.broker
+    if broker is None:
+        return
+    shutil.copy(broker.log, world.folder / "broker.log")
+    pid = broker.daemon.pid()
+    with contextlib.suppress(OSError, subprocess.SubprocessError):  # no JDK here
+        threads = subprocess.run(["jstack", str(pid)], capture_output=True, text=True, timeout=20, check=True)
+        (world.folder / "threads.txt").write_text(threads.stdout)
+    queues = world.folder / "queues.json"
+    with contextlib.suppress(OSError):  # the broker answers nobody: its threads tell why
+        if isinstance(broker, Artemis):
+            asked = {"type": "read", "mbean": ARTEMIS_QUEUES, "attribute": COUNTS}
+            queues.write_text(json.dumps(http("POST", f"{broker.console_url}/", asked), indent=1))
+        elif isinstance(broker, RabbitMQ):
+            queues.write_text(json.dumps(http("GET", f"{broker.management_url}/queues", None), indent=1))
