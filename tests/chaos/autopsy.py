@@ -13,7 +13,10 @@ from tests.chaos.deletions import http
 from tests.chaos.world import World
 
 COUNTS = ("MessageCount", "DeliveringCount", "ScheduledCount", "ConsumerCount")
-ARTEMIS_QUEUES = "org.apache.activemq.artemis:broker=*,component=addresses,address=*,subcomponent=queues,routing-type=*,queue=*"
+ARTEMIS_QUEUES = (
+    "org.apache.activemq.artemis:broker=*,component=addresses,address=*,"
+    "subcomponent=queues,routing-type=*,queue=*"
+)
 
 
 def write(world: World) -> None:
