@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Final
 
 from pubsub_facade.backends._activemq_jolokia import Jolokia
-from pubsub_facade.backends._activemq_session import ANSWER, Session, next_of, store
+from pubsub_facade.backends._activemq_session import ANSWER, Box, Session, next_of, store
 from pubsub_facade.backends._activemq_wire import FENCE, RECORD, SEED, Letter, foreign_id, one_word
 from pubsub_facade.backends._stomp import BrokerRefused, ClientBusy, Frame, Link, ack_frames
 from pubsub_facade.backends.base import Backlog
@@ -25,6 +25,7 @@ from pubsub_facade.settings import Settings
 
 EVERYTHING: Final = 1_000_000  # prefetch of a sweep
 STALE: Final = 60.0  # s after which another sweep's fence was left behind by a crash
+PAUSE: Final = 0.5  # s without a message after which a sweep gives the broker a push
 BUSY: Final = 3.0  # s to wait for a client-id that another process holds while it declares
 FRAME: Final = 512  # bytes a message is taken for where a broker counts its window in bytes
 
@@ -74,7 +75,7 @@ class Form(ABC):
 
         Classic lets go of such a message in silence; it would move a persistent one to its own dead letters.
         """
-        lines = self.queue_lines(queue).replace("persistent:true", "persistent:false")
+        lines = _not_persistent(self.queue_lines(queue))
         return f"{lines}expires:{int((time.time() + seconds) * 1000)}\n"
 
     @abstractmethod
@@ -191,9 +192,11 @@ class Classic(Form):
     async def sweep(self, session: Session, queue: str, wanted: Wanted) -> list[Frame]:
         """A browser stops at 400 messages (``maxBrowsePageSize``), an exclusive consumer does not.
 
-        Everything before a fence of our own was there when we began. Sweeps wait for each other.
+        Everything before two fences of our own was there when we began: Classic has one line for persistent
+        messages and one for others, and either may be ahead. Sweeps wait for each other.
         """
-        fence = uuid.uuid4().hex
+        lines = self.queue_lines(queue)
+        fences = {uuid.uuid4().hex: lines, uuid.uuid4().hex: _not_persistent(lines)}
         link = session.main
         frames: list[Frame] = []
         acks: list[str] = []
@@ -202,20 +205,30 @@ class Classic(Form):
                 session.subscribed(self.from_queue(queue, EVERYTHING, exclusive=True)) as box,
                 asyncio.timeout(ANSWER),
             ):
-                await store(link, [Letter(self.queue_lines(queue), {FENCE: fence}, b"")])
-                while True:
-                    frame = await next_of(box)
+                await store(link, [Letter(lines, {FENCE: fence}, b"") for fence, lines in fences.items()])
+                while fences:
+                    frame = await self._next(session, queue, box)
                     headers = frame[0]
-                    if headers.get(FENCE) == fence:
-                        break
-                    if FENCE not in headers:
+                    fence = headers.get(FENCE)
+                    if fence is None:
                         frames.append(frame)
-                    if wanted(headers) if FENCE not in headers else _stale(headers):
+                    if wanted(headers) if fence is None else fences.pop(fence, "") or _stale(headers):
                         acks.append(headers["ack"])
-                link.write(ack_frames([*acks, headers["ack"]]))
+                link.write(ack_frames(acks))
         except TimeoutError as error:
             raise PubSubError(f"activemq: queue {queue} could not be read within {ANSWER:g} s") from error
         return frames
+
+    async def _next(self, session: Session, queue: str, box: Box) -> Frame:
+        """Classic now and then stops in the middle of a long queue, until something happens to it or 30 s are over."""
+        while box.empty():
+            try:
+                async with asyncio.timeout(PAUSE):
+                    return await next_of(box)
+            except TimeoutError:
+                async with session.subscribed(self.from_queue(queue, 0)):
+                    pass
+        return await next_of(box)
 
     async def browse(self, session: Session, queue: str) -> list[Frame]:
         """400 messages at most (``maxBrowsePageSize``); expired ones may be among them. Waits for no sweep."""
@@ -239,6 +252,10 @@ class Classic(Form):
     async def _dead(self, name: str) -> int | None:
         assert self.jolokia is not None
         return (await self.jolokia.queues([self.queue("dead", name)]))[0]
+
+
+def _not_persistent(lines: str) -> str:
+    return lines.replace("persistent:true", "persistent:false")
 
 
 def _stale(headers: Mapping[str, str]) -> bool:

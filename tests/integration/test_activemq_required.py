@@ -208,6 +208,22 @@ async def test_more_subscriptions_than_a_browser_shows_all_count(bench: Bench) -
     await backend.form.sweep(backend.session, backend.form.demand, everything)
 
 
+async def test_all_of_many_entries_that_were_stored_a_moment_ago_are_read(bench: Bench) -> None:
+    """On Classic what is persistent (a fence, too) may overtake what is not, and a long queue may come to a halt."""
+    backend = await bench.backend()
+    some = Record(Definition.first(Subscription(None, ("z",)), 0.0), ("z",))
+    for turn in range(6):
+        backend.demand.reset()
+        backend.form.demand += f".{turn}"  # it happens to new queues
+        await backend.demand.prepare()
+        leases = [backend.demand.lease(f"~{n}", some) for n in range(595)]
+        await store(backend.session.main, [*leases, backend.demand.entry("s", some)])
+        began = time.monotonic()
+        assert len(await entries(backend)) == 596
+        assert time.monotonic() - began < 15
+        await backend.form.sweep(backend.session, backend.form.demand, everything)
+
+
 async def test_a_subscription_of_before_there_were_entries_gets_one_when_it_is_declared(bench: Bench) -> None:
     strict, other, backend = await bench.client(strict=True), await bench.client(), await bench.backend()
     await bench.declare(other, "a", subscription="analytics")
