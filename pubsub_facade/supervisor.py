@@ -157,6 +157,7 @@ class Supervisor:
             patient: wait through failed attempts to connect; False: the first one is raised.
         """
         delay = self._minimum
+        told = False
         while True:
             backend = await self._opened(patient=patient)
             epoch = self._epoch
@@ -166,8 +167,14 @@ class Supervisor:
                 await self.lost(epoch, error)
                 if not patient and delay > self._maximum:
                     raise
-                await asyncio.sleep(min(delay, self._maximum) * random.uniform(0.5, 1))
-                delay *= 2
+            except ConnectionFailed as error:  # of a further link that the operation needs
+                if not patient or isinstance(error, AuthenticationFailed):
+                    raise
+                if not told:
+                    log.warning("%s: trying again: %s", backend.name, error)
+                told = True
+            await asyncio.sleep(min(delay, self._maximum) * random.uniform(0.5, 1))
+            delay *= 2
 
     async def close(self) -> None:
         """Close the backend for good. Idempotent."""

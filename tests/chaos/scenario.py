@@ -112,6 +112,7 @@ def run(
                 time.sleep(world.random.uniform(0.2, 1.5))
                 injury(world)
                 ends.append(time.time())
+                world.check_members(injury.__name__)
                 result.faults.append(injury.__name__)
         world.wait_published(patience + 2 * count / rate)
         asyncio.run(settle_accounts(world, result, patience))

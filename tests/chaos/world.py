@@ -170,6 +170,14 @@ class World:
         self.members.append(member)
         return member
 
+    def check_members(self, after: str) -> None:
+        """AssertionError where a member has ended by itself: faults are to be survived."""
+        for member in self.members:
+            code = member.popen.poll()
+            assert code is None, (
+                f"a member ended by itself with {code} after {after}: {self.folder}/members.log"
+            )
+
     # -- the broker -------------------------------------------------------------------------------
 
     def _start_broker(self) -> None:

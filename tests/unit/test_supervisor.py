@@ -188,3 +188,32 @@ async def test_links_that_die_young_are_made_again_less_and_less_often() -> None
         await supervisor.lost(supervisor.epoch, ConnectionLost("gone at once"))
     assert 3 <= supervisor.attempts <= 12, "a link that opens and dies must not be a hot loop"
     await pubsub.close()
+
+
+async def test_a_further_link_that_cannot_be_made_is_waited_for_and_told_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    supervisor, broker = supervised()
+    outcomes: list[BaseException | None] = [ConnectionFailed("away"), ConnectionFailed("away"), None]
+
+    async def join(backend: Any) -> str:
+        if (outcome := outcomes.pop(0)) is not None:
+            raise outcome
+        return "joined"
+
+    assert await supervisor.run(join, patient=True) == "joined"
+    assert [record.message for record in caplog.records] == ["fake: trying again: away"]
+    assert (broker.opened, broker.closed) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("error", "patient"), [(ConnectionFailed("away"), False), (AuthenticationFailed("no"), True)]
+)
+async def test_a_further_link_is_not_waited_for_in_vain(error: ConnectionFailed, patient: bool) -> None:
+    supervisor, _ = supervised()
+
+    async def join(backend: Any) -> None:
+        raise error
+
+    with pytest.raises(type(error), match=str(error)):
+        await supervisor.run(join, patient=patient)
