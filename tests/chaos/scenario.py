@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pubsub_facade import AsyncPubSub, Settings
 from tests.chaos import autopsy
-from tests.chaos.books import bookings
+from tests.chaos.books import BOOKS, bookings
 from tests.chaos.injuries import injuries_for
 from tests.chaos.workload import BATCH, SUBSCRIPTIONS, WINDOW, is_to_be_booked
 from tests.chaos.world import MEMBERS, PUBLISHERS, World
@@ -34,6 +34,7 @@ class Result:
     duplicates: int = 0
     booked: int = 0  # messages that had their effect in a database
     misbooked: dict[str, int] = field(default_factory=dict)  # id -> how often, where it is not once
+    stuck: int = 0  # came only when the broker was started again
     lost: dict[str, list[str]] = field(default_factory=dict)
     longest_gap: float = 0.0  # s from the end of a fault until the next delivery was handled
     seconds: float = 0.0
@@ -44,6 +45,11 @@ class Result:
         return len(self.faults) * (
             len(SUBSCRIPTIONS) * WINDOW * (MEMBERS + 1) + PUBLISHERS * BATCH * len(SUBSCRIPTIONS)
         )
+
+    @property
+    def missing(self) -> int:
+        """Deliveries that have not come."""
+        return self.lost_count + sum(not times for times in self.misbooked.values())
 
     @property
     def lost_count(self) -> int:
@@ -61,6 +67,7 @@ class Result:
             self.duplicates,
             self.booked,
             len(self.misbooked),
+            self.stuck,
             self.lost_count,
             f"{self.longest_gap:.1f} s",
             f"{self.seconds:.0f} s",
@@ -69,9 +76,9 @@ class Result:
 
 
 HEADER = (
-    "| backend | seed | faults | published | handled | dead letters | duplicates | booked | not once | lost "
+    "| backend | seed | faults | published | handled | dead letters | duplicates | booked | not once | stuck | lost "
     "| longest gap | took |\n"
-    "|---|---|---|---|---|---|---|---|---|---|---|---|"
+    "|---|---|---|---|---|---|---|---|---|---|---|---|---|"
 )
 
 
@@ -124,28 +131,37 @@ def run(
 
 
 async def settle_accounts(world: World, result: Result, patience: float) -> None:
+    """Wait for what was promised; where the broker sits on it, restart the broker and wait once more."""
     published = {line for path in world.folder.glob("published-*") for line in path.read_text().split()}
-    deadline = time.monotonic() + patience
-    async with AsyncPubSub(Settings.load(world.direct)) as pubsub:
-        while True:
-            handled = {name: _handled(world.folder, name) for name in SUBSCRIPTIONS}
-            dead = {name: [letter.id async for letter in pubsub.dead_letters(name)] for name in SUBSCRIPTIONS}
-            missing = {
-                name: sorted(published - set(handled[name]) - set(dead[name])) for name in SUBSCRIPTIONS
-            }
-            result.booked, result.misbooked = _booked(world.folder, published)
-            if not (any(missing.values()) or result.misbooked) or time.monotonic() > deadline:
-                break
-            await asyncio.sleep(0.5)
-        if any(missing.values()):
-            autopsy.write(world)
-        result.lost = {}
-        for name, ids in missing.items():
-            backlog = await pubsub.backlog(name) if ids else None
-            if backlog is not None and backlog.waiting is not None:
-                print(f"{world.form}: {name}: {len(ids)} not handled in time, backlog {backlog}")
-            result.lost[name] = ids
     result.published = len(published)
+    async with AsyncPubSub(Settings.load(world.direct)) as pubsub:
+        await _wait(world, pubsub, result, published, patience)
+        missing = result.missing
+        if missing and world.broker is not None:
+            autopsy.write(world)
+            for name in (*SUBSCRIPTIONS, BOOKS):
+                print(
+                    f"{world.form}: {missing} are missing; {name}: {await pubsub.backlog(name)}", flush=True
+                )
+            await asyncio.to_thread(world.broker.restart)
+            await _wait(world, pubsub, result, published, patience)
+            result.stuck = missing - result.missing
+
+
+async def _wait(
+    world: World, pubsub: AsyncPubSub, result: Result, published: set[str], patience: float
+) -> None:
+    deadline = time.monotonic() + patience
+    while True:
+        handled = {name: _handled(world.folder, name) for name in SUBSCRIPTIONS}
+        dead = {name: [letter.id async for letter in pubsub.dead_letters(name)] for name in SUBSCRIPTIONS}
+        result.lost = {
+            name: sorted(published - set(handled[name]) - set(dead[name])) for name in SUBSCRIPTIONS
+        }
+        result.booked, result.misbooked = _booked(world.folder, published)
+        if not (result.lost_count or result.misbooked) or time.monotonic() > deadline:
+            break
+        await asyncio.sleep(0.5)
     result.handled = sum(len(set(ids)) for ids in handled.values())
     result.dead = sum(len(set(ids)) for ids in dead.values())
     result.duplicates = sum(len(ids) - len(set(ids)) for ids in handled.values())
