@@ -90,7 +90,7 @@ def feed() -> Response:
 
 def _events(client: PubSub) -> Iterator[str]:
     with client.subscribe("social.notification.created") as stream:
-        yield "event: open\ndata: {}\n\n"
+        yield "event: live\ndata: {}\n\n"
         while True:
             try:
                 delivery = stream.receive(PULSE)

@@ -52,7 +52,7 @@ def feed(request: HttpRequest) -> StreamingHttpResponse:
 
 def _events() -> Iterator[str]:
     with client().subscribe("social.notification.created") as stream:
-        yield "event: open\ndata: {}\n\n"
+        yield "event: live\ndata: {}\n\n"
         while True:
             try:
                 delivery = stream.receive(PULSE)
