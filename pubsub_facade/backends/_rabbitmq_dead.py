@@ -1,11 +1,12 @@
 """Dead letters of RabbitMQ subscriptions: looked at by getting them and giving them back, removed by ack.
 
-While one iteration holds letters nobody else can get them; so what is to be removed is looked for in the
-iterations of this process first, and acknowledged there.
+While one iteration holds letters nobody else can get them, and the broker does not count them; so what is to
+be removed is looked for in the iterations of this process first, and acknowledged there.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Collection
 from typing import Final
@@ -25,6 +26,8 @@ class _Browse:
     def __init__(self, gets: Gets) -> None:
         self.gets = gets
         self.held: dict[str, list[Content]] = {}
+        self.ending = False  # what it holds is on its way back
+        self.ended = asyncio.Event()
 
     def hold(self, page: list[Content]) -> list[Message]:
         letters = [mapping.read_message(content) for content in page]
@@ -47,26 +50,47 @@ class DeadLetterQueues:
     def __init__(self, link: Link) -> None:
         self._link = link
         self._browses: defaultdict[str, list[_Browse]] = defaultdict(list)
+        self.ended = 0  # iterations that have given back what they held
 
     async def browse(self, queue: str) -> AsyncGenerator[Message, None]:
         """The letters that are there now, oldest first."""
-        async with Gets.open(self._link) as gets:
-            left = await ready(gets.channel, queue)
-            browse = _Browse(gets)
-            self._browses[queue].append(browse)
-            try:
-                while left > 0:
-                    page = await gets.page(queue, min(left, PAGE))
-                    left = left - len(page) if page else 0
-                    for letter in browse.hold(page):
-                        if letter.id in browse.held:
-                            yield letter
-            finally:
+        await self._all_back(queue)
+        browse: _Browse | None = None
+        try:
+            async with Gets.open(self._link) as gets:
+                left = await ready(gets.channel, queue)
+                browse = _Browse(gets)
+                self._browses[queue].append(browse)
+                try:
+                    while left > 0:
+                        page = await gets.page(queue, min(left, PAGE))
+                        left = left - len(page) if page else 0
+                        for letter in browse.hold(page):
+                            if letter.id in browse.held:
+                                yield letter
+                finally:
+                    browse.ending = True
+        finally:
+            if browse is not None:
                 self._browses[queue].remove(browse)
+                self.ended += 1
+                browse.ended.set()
+
+    async def held(self, queue: str) -> int:
+        """How many letters the iterations of this process hold; those that are ending have ended first."""
+        await self._all_back(queue)
+        return sum(len(held) for browse in self._browses[queue] for held in browse.held.values())
+
+    async def _all_back(self, queue: str) -> None:
+        """Return once no iteration of this process is on its way to give back what it held."""
+        for browse in list(self._browses[queue]):
+            if browse.ending:
+                await browse.ended.wait()
 
     async def discard(self, queue: str, ids: Collection[str] | None) -> int:
         """Remove letters by id (None: all); returns how many."""
         removed: set[str] = set()
+        await self._all_back(queue)
         for browse in list(self._browses[queue]):
             found = await browse.remove(list(browse.held) if ids is None else set(ids))
             if found:

@@ -35,17 +35,29 @@ class Gets:
     async def open(cls, link: Link) -> AsyncIterator[Gets]:
         """On a channel of its own; what is not acknowledged goes back at the end."""
         async with link.brief_channel() as watch:
-            async with link.brief_channel() as channel:
-                gets = cls(channel)
-                channel.on_closed.append(gets._on_closed)
-                link.attach(channel.number, gets)
-                yield gets
-                expected = {
-                    queue: held + await ready(watch, queue)
-                    for queue, held in Counter(gets._held.values()).items()
-                }
-            for queue, count in expected.items():
-                await _until_back(watch, queue, count)
+            expected: dict[str, int] = {}
+            try:
+                async with link.brief_channel() as channel:
+                    gets = cls(channel)
+                    channel.on_closed.append(gets._on_closed)
+                    link.attach(channel.number, gets)
+                    try:
+                        yield gets
+                    finally:
+                        expected = await gets._expected(watch)
+            finally:
+                for queue, count in expected.items():
+                    await _until_back(watch, queue, count)
+
+    async def _expected(self, watch: Channel) -> dict[str, int]:
+        """How many messages each queue has once all that is out is back."""
+        try:
+            return {
+                queue: held + await ready(watch, queue)
+                for queue, held in Counter(self._held.values()).items()
+            }
+        except PubSubError:  # the link is lost: they are back without our help
+            return {}
 
     async def page(self, queue: str, limit: int) -> list[frames.Content]:
         """Up to ``limit`` messages from the head; fewer: no more are there. Raises ConnectionLost."""

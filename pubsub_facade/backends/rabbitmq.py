@@ -324,16 +324,22 @@ class RabbitmqBackend(Backend):
     async def inspect(self, subscription: str) -> Backlog:
         """In flight is known while all members are in this process: AMQP does not tell it, nor any age."""
         topology = await self._consuming()
-        counts = await topology.inspect(subscription)
+        names = self._names(subscription)
+        assert self._dead is not None
+        while True:
+            before = self._dead.ended
+            counts = await topology.inspect(subscription)
+            looked_at = await self._dead.held(names.dead)
+            if before == self._dead.ended:  # else some of them were back before they were counted
+                break
         if counts is None:
             return Backlog(0, 0, 0, None)
-        names = self._names(subscription)
         mine = [receiver for receiver in self._receivers if receiver.is_of(names)]
         in_flight = None
         if sum(receiver.consumers for receiver in mine) == counts.consumers:
             in_flight = sum(receiver.unsettled for receiver in mine)
         held = sum(receiver.waiting for receiver in mine)
-        return Backlog(counts.waiting + held, in_flight, counts.dead, None)
+        return Backlog(counts.waiting + held, in_flight, counts.dead + looked_at, None)
 
     async def consume(self, subscription: Subscription, window: int) -> Receiver:
         topology = await self._consuming()
