@@ -12,7 +12,7 @@ IN := .venv/bin/python
 BROKER := $(patsubst activemq-virtual,activemq,$(filter-out sqlite,$(BACKEND)))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install-brokers brokers brokers-down demo check test test-all test-stress test-clusters test-unit test-pythons bench chaos soak docs
+.PHONY: help venv install-brokers brokers brokers-down demo check test test-all test-stress test-clusters test-unit test-pythons test-djangos bench chaos soak docs
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -62,6 +62,9 @@ test-unit: venv ## the tests that need no broker
 
 test-pythons: ## the tests that need no broker, on Python 3.12 and 3.13
 	.ci/pythons 3.12 3.13
+
+test-djangos: ## the Django integration's cases on Django 4.2 and 6.0
+	.ci/djangos 4.2:3.11 6.0:3.12
 
 bench: venv ## each backend beside its raw driver
 	$(IN) -m brokers run "$(BROKERS)" -- $(IN) -m benchmarks
