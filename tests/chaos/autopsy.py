@@ -32,7 +32,15 @@ def write(world: World) -> None:
     queues = world.folder / "queues.json"
     with contextlib.suppress(OSError):  # the broker answers nobody: its threads tell why
         if isinstance(broker, Artemis):
+            url = f"{broker.console_url}/"
             asked = {"type": "read", "mbean": ARTEMIS_QUEUES, "attribute": COUNTS}
-            queues.write_text(json.dumps(http("POST", f"{broker.console_url}/", asked), indent=1))
+            found = http("POST", url, asked)
+            for bean, counts in found["value"].items():
+                if counts["DeliveringCount"]:  # in whose hand are they?
+                    asked = {"type": "exec", "mbean": bean, "operation": "listDeliveringMessagesAsJSON()"}
+                    counts["delivering"] = http("POST", url, asked).get("value")
+                    asked = {"type": "exec", "mbean": bean, "operation": "listConsumersAsJSON()"}
+                    counts["consumers"] = http("POST", url, asked).get("value")
+            queues.write_text(json.dumps(found, indent=1))
         elif isinstance(broker, RabbitMQ):
             queues.write_text(json.dumps(http("GET", f"{broker.management_url}/queues", None), indent=1))

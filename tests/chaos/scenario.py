@@ -143,8 +143,10 @@ async def settle_accounts(world: World, result: Result, patience: float) -> None
                 print(
                     f"{world.form}: {missing} are missing; {name}: {await pubsub.backlog(name)}", flush=True
                 )
+            await pubsub.close()
             await asyncio.to_thread(world.broker.restart)
-            await _wait(world, pubsub, result, published, patience)
+            async with AsyncPubSub(Settings.load(world.direct)) as again:
+                await _wait(world, again, result, published, patience)
             result.stuck = missing - result.missing
 
 
