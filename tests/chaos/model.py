@@ -41,7 +41,9 @@ class Expected:
     waiting: dict[str, int] = field(default_factory=dict)  # id -> attempt it must come with, at least
     dead: set[str] = field(default_factory=set)
     hand: dict[str, Delivery] = field(default_factory=dict)
-    maybe: set[str] = field(default_factory=set)  # what a seek may bring, and need not
+    maybe: set[str] = field(
+        default_factory=set
+    )  # what a seek or a lost link may bring once more, and need not
     history: list[str] = field(default_factory=list)  # what was published for it since it was declared
     tried: dict[str, int] = field(default_factory=dict)  # id -> the last attempt that was seen
     stream: Stream | None = None
@@ -218,6 +220,10 @@ class ContractMachine(RuleBasedStateMachine):
             consumer = expected.stream and expected.stream._consumer
             if consumer and consumer._receiver is not None:
                 expected.left.append(consumer._receiver)
+            if type(
+                self
+            ).has_link:  # what is on its way when a link is lost may be handed out before and after
+                expected.maybe |= expected.waiting.keys() | expected.hand.keys()
         self.run(supervisor.lost(supervisor.epoch, ConnectionLost("the model cut it")))
         for expected in self.expected.values():
             self._came_back(expected)
