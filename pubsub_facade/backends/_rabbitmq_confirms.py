@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from pubsub_facade.backends import _rabbitmq_frames as frames
-from pubsub_facade.backends._rabbitmq_link import Channel, Link
+from pubsub_facade.backends._rabbitmq_link import Channel, Link, unused
 from pubsub_facade.backends._rabbitmq_wire import envelope_of
 from pubsub_facade.errors import ConnectionLost, Fate, PubSubError
 
@@ -112,7 +112,7 @@ class Confirms:
         confirms = cls(channel)
         channel.on_closed.append(confirms._on_closed)
         link.attach(channel.number, confirms)
-        await channel.call(channel.pika.confirm_delivery, _unused)
+        await channel.call(channel.pika.confirm_delivery, unused)
         return confirms
 
     @property
@@ -197,7 +197,3 @@ def _lost(error: PubSubError) -> PubSubError:
     if copy is not error:
         copy.__cause__ = error.__cause__
     return copy
-
-
-def _unused(_: object) -> None:
-    """pika wants a listener for confirms, which do not pass through it here."""

@@ -367,6 +367,10 @@ class Channel:
                 await asyncio.shield(self._closed)
 
 
+def unused(*_: object) -> None:
+    """pika wants a listener for deliveries and confirms, which do not pass through it here."""
+
+
 async def connect(
     host: str,
     port: int,

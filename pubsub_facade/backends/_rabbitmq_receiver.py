@@ -20,7 +20,7 @@ from pubsub_facade.acks import LowWaterMark
 from pubsub_facade.backends import _rabbitmq_frames as frames
 from pubsub_facade.backends import _rabbitmq_wire as mapping
 from pubsub_facade.backends._rabbitmq_confirms import Confirms, Outgoing
-from pubsub_facade.backends._rabbitmq_link import Channel
+from pubsub_facade.backends._rabbitmq_link import Channel, unused
 from pubsub_facade.backends._rabbitmq_names import Names, Record, level_for
 from pubsub_facade.backends._rabbitmq_retries import Retries
 from pubsub_facade.backends._rabbitmq_topology import Topology
@@ -116,7 +116,7 @@ class RabbitmqReceiver(Receiver):
 
     async def _consume(self, queue: str, tag: str) -> None:
         self._consumers.append(tag)
-        await self._channel.call(self._channel.pika.basic_consume, queue, _unused, consumer_tag=tag)
+        await self._channel.call(self._channel.pika.basic_consume, queue, unused, consumer_tag=tag)
 
     # -- Sink ---------------------------------------------------------------------------------------
 
@@ -551,7 +551,3 @@ class RabbitmqReceiver(Receiver):
                     timer.cancel()
             self._forget(self)
         await channel.close()
-
-
-def _unused(*_: object) -> None:
-    """pika wants a listener for deliveries, which do not pass through it here."""

@@ -18,7 +18,7 @@ from typing import Final
 from pubsub_facade.backends import _rabbitmq_frames as frames
 from pubsub_facade.backends import _rabbitmq_wire as mapping
 from pubsub_facade.backends._rabbitmq_confirms import Confirms, Outgoing
-from pubsub_facade.backends._rabbitmq_link import NOT_FOUND, Channel, ChannelClosed
+from pubsub_facade.backends._rabbitmq_link import NOT_FOUND, Channel, ChannelClosed, unused
 from pubsub_facade.backends._rabbitmq_names import Record
 from pubsub_facade.backends._rabbitmq_topology import Topology
 from pubsub_facade.errors import ConnectionLost, PubSubError
@@ -188,7 +188,7 @@ class Retries:
     async def _consume(self, channel: Channel, level: int) -> bool:
         """False: somebody had deleted the queue, and it was made anew; the channel is closed."""
         try:
-            await channel.call(channel.pika.basic_consume, self._names.retry(level), _unused)
+            await channel.call(channel.pika.basic_consume, self._names.retry(level), unused)
         except ChannelClosed as error:
             if error.code != NOT_FOUND:
                 raise
@@ -217,7 +217,3 @@ class Retries:
         )
         exchange, key = (self._names.hash, delivery.topic) if self._spread else ("", self._names.queue)
         return Outgoing(delivery.id, exchange, key, properties, delivery.body, mandatory=True)
-
-
-def _unused(*_: object) -> None:
-    """pika wants a listener for deliveries, which do not pass through it here."""

@@ -23,7 +23,7 @@ from pubsub_facade.backends import _rabbitmq_wire as mapping
 from pubsub_facade.backends._rabbitmq_confirms import Confirms, Outcome, Outgoing
 from pubsub_facade.backends._rabbitmq_dead import DeadLetterQueues
 from pubsub_facade.backends._rabbitmq_doctor import examine
-from pubsub_facade.backends._rabbitmq_link import NOT_FOUND, Channel, ChannelClosed, Link, connect
+from pubsub_facade.backends._rabbitmq_link import NOT_FOUND, Channel, ChannelClosed, Link, connect, unused
 from pubsub_facade.backends._rabbitmq_names import LEVELS, Arguments, Names, Record, level_for
 from pubsub_facade.backends._rabbitmq_receiver import RabbitmqReceiver
 from pubsub_facade.backends._rabbitmq_topology import Topology
@@ -402,7 +402,7 @@ class RabbitmqBackend(Backend):
         pika = channel.pika
         await channel.call(pika.queue_declare, queue, exclusive=True, arguments={"x-queue-type": "classic"})
         await channel.call(pika.queue_bind, queue, named.notices(self._namespace), "")
-        await channel.call(pika.basic_consume, queue, _unused, auto_ack=True)
+        await channel.call(pika.basic_consume, queue, unused, auto_ack=True)
 
     def noticed(self, record: Record) -> None:
         """A subscription has changed: its members here go by the new definition from now on."""
@@ -437,7 +437,3 @@ class RabbitmqBackend(Backend):
 
     def _names(self, subscription: str) -> Names:
         return Names(self._namespace, subscription)
-
-
-def _unused(*_: object) -> None:
-    """pika wants a listener for deliveries, which do not pass through it here."""
