@@ -62,23 +62,19 @@ async def topic_on_kafka(world: World, pubsub: AsyncPubSub) -> None:
 
 async def topic_on_classic(world: World, pubsub: AsyncPubSub) -> None:
     """A durable subscription that is active cannot be removed there; a topic it listens to can."""
-    assert isinstance(world.broker, Classic)
-    await _jolokia(
-        world.broker.console_url,
-        "org.apache.activemq:type=Broker,brokerName=*",
-        "removeTopic(java.lang.String)",
-        f"{world.namespace}.{TOPIC}",
-    )
+    await _removed_on_classic(world, "removeTopic", f"{world.namespace}.{TOPIC}")
 
 
 async def queue_on_classic(world: World, pubsub: AsyncPubSub) -> None:
-    assert isinstance(world.broker, Classic)
-    await _jolokia(
-        world.broker.console_url,
-        "org.apache.activemq:type=Broker,brokerName=*",
-        "removeQueue(java.lang.String)",
-        f"Consumer.{SPARE}.VirtualTopic.{world.namespace}.{SPARE}.>",
+    await _removed_on_classic(
+        world, "removeQueue", f"Consumer.{SPARE}.VirtualTopic.{world.namespace}.{SPARE}.>"
     )
+
+
+async def _removed_on_classic(world: World, operation: str, name: str) -> None:
+    assert isinstance(world.broker, Classic)
+    bean = "org.apache.activemq:type=Broker,brokerName=*"
+    await _jolokia(world.broker.console_url, bean, f"{operation}(java.lang.String)", name)
 
 
 async def queue_on_artemis(world: World, pubsub: AsyncPubSub) -> None:

@@ -41,9 +41,7 @@ class Expected:
     waiting: dict[str, int] = field(default_factory=dict)  # id -> attempt it must come with, at least
     dead: set[str] = field(default_factory=set)
     hand: dict[str, Delivery] = field(default_factory=dict)
-    maybe: set[str] = field(
-        default_factory=set
-    )  # what a seek or a lost link may bring once more, and need not
+    maybe: set[str] = field(default_factory=set)  # what a seek, or a lost link, may bring and need not
     history: list[str] = field(default_factory=list)  # what was published for it since it was declared
     tried: dict[str, int] = field(default_factory=dict)  # id -> the last attempt that was seen
     stream: Stream | None = None
@@ -220,9 +218,8 @@ class ContractMachine(RuleBasedStateMachine):
             consumer = expected.stream and expected.stream._consumer
             if consumer and consumer._receiver is not None:
                 expected.left.append(consumer._receiver)
-            if type(
-                self
-            ).has_link:  # what is on its way when a link is lost may be handed out before and after
+            # What is on its way when a link is lost may be handed out before and after.
+            if type(self).has_link:
                 expected.maybe |= expected.waiting.keys() | expected.hand.keys()
         self.run(supervisor.lost(supervisor.epoch, ConnectionLost("the model cut it")))
         for expected in self.expected.values():
