@@ -22,6 +22,7 @@ from pubsub_facade.backends._activemq_receiver import ActivemqReceiver
 from pubsub_facade.backends._activemq_record import Record, places_for
 from pubsub_facade.backends._activemq_session import Session, store
 from pubsub_facade.backends._activemq_wire import RECORD, Letter, MessageCodec, foreign_id
+from pubsub_facade.backends._required import send_wanted
 from pubsub_facade.backends._stomp import BrokerRefused, Link
 from pubsub_facade.backends.base import Backend, Backlog, Capabilities, Finding, Receiver
 from pubsub_facade.errors import (
@@ -30,7 +31,6 @@ from pubsub_facade.errors import (
     ConnectionLost,
     Fate,
     MessageError,
-    PubSubError,
     SendFailed,
 )
 from pubsub_facade.message import Message
@@ -97,33 +97,13 @@ class ActivemqBackend(Backend):
     # -- publishing -------------------------------------------------------------------------------
 
     async def send(self, messages: Sequence[Message]) -> None:
-        alone = await self._unwanted(messages) if self.settings.require_subscribers else []
-        if not alone:
-            await self._send(messages, [self._topic_lines(message) for message in messages])
-            return
-        text = f"activemq: {len(alone)} of {len(messages)} messages have no subscription (require_subscribers is set)"
-        fates: dict[str, Fate] = {message.id: "not stored" for message in alone}
-        refused = set(map(id, alone))
-        others = [message for message in messages if id(message) not in refused]
-        if others:
-            try:
-                await self._send(others, [self._topic_lines(message) for message in others])
-            except SendFailed as error:
-                raise SendFailed(f"{text}; {error}", fates | error.fates) from error
-        raise SendFailed(text, fates)
+        if self.settings.require_subscribers:
+            await send_wanted(self.name, messages, self.demand.unwanted, self._publish)
+        else:
+            await self._publish(messages)
 
-    async def _unwanted(self, messages: Sequence[Message]) -> list[Message]:
-        """Those that no subscription would get; where that cannot be known, nothing is sent and all fail."""
-        try:
-            return await self.demand.unwanted(messages)
-        except ConnectionLost:
-            raise
-        except PubSubError as error:
-            raise SendFailed(
-                f"activemq: who would get {len(messages)} messages cannot be known (require_subscribers is set), "
-                f"so none was sent: {error}",
-                {message.id: "not stored" for message in messages},
-            ) from error
+    async def _publish(self, messages: Sequence[Message]) -> None:
+        await self._send(messages, [self._topic_lines(message) for message in messages])
 
     async def resend(self, subscription: str, messages: Sequence[Message]) -> None:
         lines = self.form.queue_lines(self.form.queue("retry", subscription))

@@ -45,12 +45,12 @@ from pubsub_facade.backends._kafka_registry import Ends, Entry, Move, Registry
 from pubsub_facade.backends._kafka_shared import Shared
 from pubsub_facade.backends._kafka_shelf import Shelf
 from pubsub_facade.backends._kafka_topics import Spec, Topics
+from pubsub_facade.backends._required import send_wanted
 from pubsub_facade.backends.base import Backend, Backlog, Capabilities, Finding, Position, Receiver
 from pubsub_facade.errors import (
     AuthenticationFailed,
     ConfigError,
     ConnectionLost,
-    Fate,
     PubSubError,
     SendFailed,
 )
@@ -187,33 +187,8 @@ class KafkaBackend(Backend):
     async def send(self, messages: Sequence[Message]) -> None:
         if self._demand is None:
             await self._store(messages)
-            return
-        alone = await self._unwanted(self._demand, messages)
-        if not alone:
-            await self._store(messages)
-            return
-        text = f"kafka: {len(alone)} of {len(messages)} messages have no subscription (require_subscribers is set)"
-        fates: dict[str, Fate] = {message.id: "not stored" for message in alone}
-        refused = {id(message) for message in alone}
-        kept = [message for message in messages if id(message) not in refused]
-        if kept:
-            try:
-                await self._store(kept)
-            except SendFailed as error:
-                raise SendFailed(f"{text}; {error}", fates | error.fates) from error
-        raise SendFailed(text, fates)
-
-    async def _unwanted(self, demand: Demand, messages: Sequence[Message]) -> list[Message]:
-        """Those that no subscription would get; where that cannot be known, none is refused for it: all fail."""
-        try:
-            return await demand.unwanted(messages)
-        except ConnectionLost:
-            raise
-        except PubSubError as error:
-            raise SendFailed(
-                f"kafka: who would get {len(messages)} messages cannot be known (require_subscribers is set): {error}",
-                {message.id: "not stored" for message in messages},
-            ) from error
+        else:
+            await send_wanted(self.name, messages, self._demand.unwanted, self._store)
 
     async def _ensure_registry(self) -> None:
         await self._open.topics.create_own(self._open.topics.registry_spec(self._names.registry))
