@@ -54,7 +54,8 @@ async def examine_artemis(session: Session, form: Form, settings: ActivemqSettin
     except PubSubError as error:
         mend = "grant manage on activemq.management to this user: subscriptions are made by it"
         return [*found, Finding("problem", str(error), mend)]
-    return [*found, _persistent(bool(persistent)), full_policy(json.loads(rules))]
+    found += [_persistent(bool(persistent)), full_policy(json.loads(rules))]
+    return [*found, await _astray(session, form, reply_to)]
 
 
 # -- what is seen by doing ------------------------------------------------------------------------------
@@ -127,6 +128,47 @@ async def _largest(session: Session, place: dict[str, str], size: int) -> Findin
 
 
 # -- what management tells ------------------------------------------------------------------------------
+
+
+async def _astray(session: Session, form: Form, reply_to: str) -> Finding:
+    """Messages that Artemis counts as being delivered, and no consumer has.
+
+    An ack that it reads while it closes that session leaves a message so (``tests/chaos/stuck.py``). What is
+    just being acked looks the same for a moment: it must be so in two looks.
+    """
+    names = await session.manage("broker", "getQueueNames", reply_to=reply_to)
+    first = await _held_by_nobody(
+        session, [name for name in names if name.startswith(f"{form.space}$")], reply_to
+    )
+    if first:
+        await asyncio.sleep(DELAY)
+    second = await _held_by_nobody(session, list(first), reply_to)
+    return astray_finding({name: min(count, first[name]) for name, count in second.items()})
+
+
+async def _held_by_nobody(session: Session, queues: list[str], reply_to: str) -> dict[str, int]:
+    counts = {}
+    for name in queues:
+        delivering = await session.manage(f"queue.{name}", "getDeliveringCount", reply_to=reply_to)
+        if not delivering:
+            continue
+        told = await session.manage(f"queue.{name}", "listConsumersAsJSON", reply_to=reply_to)
+        held = sum(int(each["messagesInTransit"]) for each in json.loads(told))
+        if delivering > held:
+            counts[name] = delivering - held
+    return counts
+
+
+def astray_finding(queues: dict[str, int]) -> Finding:
+    """What it means that so many messages of these queues are in nobody's hand. Pure."""
+    if not queues:
+        return Finding("ok", "what is being delivered is in a consumer's hand")
+    told = ", ".join(f"{count} of {name}" for name, count in sorted(queues.items()))
+    return Finding(
+        "problem",
+        f"messages that count as being delivered are in no consumer's hand: {told}",
+        "restart the broker: it stored them, and hands them out again",
+    )
 
 
 def broker_findings(broker: dict[str, Any]) -> list[Finding]:

@@ -234,3 +234,8 @@ def test_dropping_when_full_is_a_problem() -> None:
     assert activemq.full_policy({}).level == "ok"
     assert activemq._dropped(2).level == "problem"
     assert activemq._dropped(0).level == "ok"
+
+
+def test_messages_in_nobodys_hand_are_a_problem() -> None:
+    assert "2 of shop$retry.audit" in told([activemq.astray_finding({"shop$retry.audit": 2})], "problem")
+    assert activemq.astray_finding({}).level == "ok"
