@@ -133,8 +133,8 @@ async def _largest(session: Session, place: dict[str, str], size: int) -> Findin
 async def _astray(session: Session, form: Form, reply_to: str) -> Finding:
     """Messages that Artemis counts as being delivered, and no consumer has.
 
-    An ack that it reads while it closes that session leaves a message so (``tests/chaos/stuck.py``). What is
-    just being acked looks the same for a moment: it must be so in two looks.
+    A link that ends without a word may leave one so (``tests/chaos/stuck.py``). What is just being acked looks
+    the same for a moment: it must be so in two looks.
     """
     names = await session.manage("broker", "getQueueNames", reply_to=reply_to)
     first = await _held_by_nobody(

@@ -27,6 +27,7 @@ EVERYTHING: Final = 1_000_000  # prefetch of a sweep
 STALE: Final = 60.0  # s after which another sweep's fence was left behind by a crash
 PAUSE: Final = 0.5  # s without a message after which a sweep gives the broker a push
 BUSY: Final = 3.0  # s to wait for a client-id that another process holds while it declares
+KEPT: Final = {"maxDeliveryAttempts": -1}  # Artemis' setting for what it must never put aside
 FRAME: Final = 512  # bytes a message is taken for where a broker counts its window in bytes
 
 Wanted = Callable[[Mapping[str, str]], bool]
@@ -478,7 +479,7 @@ class Artemis(Form):
 
     async def make_demand(self, session: Session) -> None:
         """By default Artemis keeps what has expired, in another queue."""
-        await self._set(session, self.demand, "expiryAddress", "")
+        await self._set(session, self.demand, {"expiryAddress": "", **KEPT})
         await self._create_queue(session, self.demand, None, **{"non-destructive": True})
 
     async def _create_queue(
@@ -499,16 +500,17 @@ class Artemis(Form):
         return made if isinstance(made, dict) else {}
 
     async def _keep_trying(self, session: Session) -> None:
-        """By default Artemis puts aside what was handed out ten times to members that crashed (`docs`)."""
-        for match in (f"{self.space}.#", f"{self.space}$retry.#"):
-            await self._set(session, match, "maxDeliveryAttempts", -1)
+        """By default Artemis puts aside what was handed out ten times and not settled: to members that crashed,
+        and of the queues that are only read, to each that reads them (`docs`)."""
+        for match in (".#", "$retry.#", "$dead.#", "$record.#"):
+            await self._set(session, self.space + match, KEPT)
 
-    async def _set(self, session: Session, match: str, setting: str, value: object) -> None:
-        """An address setting of our own, where it is not so already."""
+    async def _set(self, session: Session, match: str, settings: Mapping[str, object]) -> None:
+        """Address settings of our own, where they are not so already."""
         an_address = match.replace("#", "x")
         known = json.loads(await self._manage(session, "broker", "getAddressSettingsAsJSON", an_address))
-        if known.get(setting) != value:
-            await self._manage(session, "broker", "addAddressSettings", match, json.dumps({setting: value}))
+        if not settings.items() <= known.items():
+            await self._manage(session, "broker", "addAddressSettings", match, json.dumps(settings))
 
     async def remove(self, session: Session, name: str, covers: Sequence[str]) -> None:
         queues = [self._line(name, cover) for cover in covers]

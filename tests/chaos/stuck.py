@@ -1,8 +1,8 @@
 """Artemis and a consumer that goes away right after its acks: ``python -m tests.chaos.stuck [--closes N]``.
 
-Plain sockets, nothing of ours: so it shows a fault of the broker. It reads acks and closes a session at the same
-time, and a message whose ack comes in between is neither done nor given back: it counts as being delivered, in
-nobody's hand, until the broker starts again. Run it on a newer Artemis to see whether it still is so.
+Plain sockets, nothing of ours: so it shows a fault of the broker. A message that is on its way to a consumer, or
+being acked, while the broker closes that session is now and then neither done nor given back: it counts as being
+delivered, in nobody's hand, until the broker starts again. Run it on a newer Artemis to see whether it still is so.
 """
 
 from __future__ import annotations
