@@ -138,16 +138,16 @@ class Demand:
         await self.remove(found)
 
     async def remove(self, entries: Sequence[Frame]) -> None:
-        """Remove entries that others have replaced."""
+        """Remove entries that others have replaced, or that are of a subscription that was deleted."""
         if entries:
             ids = {headers[ENTRY] for headers, _ in entries}
             await self._form.sweep(
                 self._session, self._form.demand, lambda headers: headers.get(ENTRY) in ids
             )
 
-    async def forget(self, name: str) -> None:
-        """Remove all entries of a subscription that was deleted."""
-        await self._form.sweep(self._session, self._form.demand, lambda headers: headers.get(OWNER) == name)
+    async def all_entries(self, name: str) -> list[Frame]:
+        """All entries of a subscription that is to be deleted."""
+        return _of(name, await self._form.sweep(self._session, self._form.demand, nothing))
 
     # -- what publishers ask ----------------------------------------------------------------------
 

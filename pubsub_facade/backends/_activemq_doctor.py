@@ -16,6 +16,7 @@ from typing import Any, Final
 from pubsub_facade.backends._activemq_forms import Form
 from pubsub_facade.backends._activemq_jolokia import USAGES, Jolokia
 from pubsub_facade.backends._activemq_session import Session
+from pubsub_facade.backends._activemq_watch import ADVISORIES, told
 from pubsub_facade.backends._stomp import Frame, Link
 from pubsub_facade.backends.base import Finding
 from pubsub_facade.errors import ConnectionLost, PubSubError
@@ -23,6 +24,7 @@ from pubsub_facade.settings import ActivemqSettings
 
 DELAY: Final = 1.0  # s that the scheduler is asked to hold a message back
 LATE: Final = 15.0  # s until a message counts as lost
+HEARD: Final = 5.0  # s until an advisory counts as not to be had
 PLACE: Final = "/temp-queue/doctor"
 FULL: Final = 80  # per cent of a limit of the broker, from which on it is told
 
@@ -31,6 +33,7 @@ async def examine_classic(session: Session, form: Form, settings: ActivemqSettin
     """All findings on Classic."""
     found = [await _scheduler(session, settings.scheduler)]
     found.append(await _largest(session, {"destination": "/temp-topic/doctor"}, settings.max_payload))
+    found.append(await _removals(session, form))
     jolokia = Jolokia.of(settings)
     if jolokia is None:
         what = "admin_url is not set: persistence, limits and dropped duplicates are not checked, backlogs not known"
@@ -110,6 +113,28 @@ def schedule_finding(waited: float, wanted: bool) -> Finding:
         "the broker has no scheduler: delayed messages and retries come at once",
         'set schedulerSupport="true" on <broker>, or activemq.scheduler = false',
     )
+
+
+async def _removals(session: Session, form: Form) -> Finding:
+    """Whether the broker tells in words which destinations come and go: it tells of those there are to begin with."""
+    try:
+        async with _own_link(session) as (link, box), asyncio.timeout(HEARD):
+            await link.ask("SUBSCRIBE", {**form.from_notices(), "id": "there-is-one"})
+            await link.ask("SUBSCRIBE", {**ADVISORIES, "id": "1"})
+            came = await box.get()
+            while not isinstance(came, ConnectionLost) and told(came[1]) is None:
+                came = await box.get()
+            if isinstance(came, ConnectionLost):
+                raise came
+    except (PubSubError, TimeoutError) as error:
+        why = str(error) or "nothing came"
+        return Finding(
+            "warning",
+            f"members do not notice when their topics or queues are removed by the console (no advisories: {why})",
+            'grant read and admin on the topics ActiveMQ.Advisory.>, do not set advisorySupport="false", and give '
+            "the broker XStream and Jettison, as its distribution does; else remove by pubsub delete only",
+        )
+    return Finding("ok", "members notice when their topics or queues are removed by the console")
 
 
 async def _largest(session: Session, place: dict[str, str], size: int) -> Finding:

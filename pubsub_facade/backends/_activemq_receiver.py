@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Final, Protocol
 
 from pubsub_facade.backends._activemq_demand import EPHEMERAL, RENEWAL, Demand
 from pubsub_facade.backends._activemq_forms import Form
 from pubsub_facade.backends._activemq_record import Record, places_for
 from pubsub_facade.backends._activemq_session import Session, store
+from pubsub_facade.backends._activemq_watch import Place
 from pubsub_facade.backends._activemq_wire import LIFE, Letter, MessageCodec, is_internal, reserved
 from pubsub_facade.backends._stomp import ClientBusy, Frame, Link, ack_frames
 from pubsub_facade.backends.base import Receiver
@@ -27,7 +29,10 @@ from pubsub_facade.filters import Filter
 from pubsub_facade.message import Delivery
 from pubsub_facade.subscription import Definition, Subscription
 
+log = logging.getLogger("pubsub_facade")
+
 STAND_BY: Final = 0.05, 1.0  # s between looks whether the active member has gone, from first to longest
+FRESH: Final = 60.0  # s that what was removed is worth mending by the next member: others may have by then
 EARLY: Final = 1000  # messages received before their time at most (brokers without a scheduler)
 
 
@@ -39,7 +44,11 @@ class Home(Protocol):
     codec: MessageCodec
     demand: Demand
 
+    unmended: dict[tuple[str, Place], float]
+    """What was removed under members that have not got over it, for the next to join; and when it was."""
+
     async def record(self, name: str) -> Record | None: ...
+    async def set_apart(self, name: str, topic: str) -> Record: ...
     def due_lines(self, delay: float) -> str: ...
     def due_headers(self, delay: float) -> dict[str, str]: ...
 
@@ -88,6 +97,7 @@ class ActivemqReceiver(Receiver):
         self._adding = asyncio.Lock()
         self._owner = ""  # of the lease of an ephemeral subscription
         self._lease: asyncio.TimerHandle | None = None
+        self._mending: set[asyncio.Task[None]] = set()
         self._lost: ConnectionLost | None = None
         self._closed = False
 
@@ -122,6 +132,11 @@ class ActivemqReceiver(Receiver):
         # A notice may come while we join: without the lock one would wait for the other's links for ever.
         async with self._adding:
             await self._attach_alone()
+        for key, since in list(self._home.unmended.items()):
+            if key[0] == self.subscription.name:
+                del self._home.unmended[key]
+                if since > time.monotonic() - FRESH:
+                    self.removed(key[1])
 
     async def _attach_alone(self) -> None:
         name = self.subscription.label
@@ -302,6 +317,72 @@ class ActivemqReceiver(Receiver):
         finally:
             self._renewing = None
 
+    # -- what is removed under us -----------------------------------------------------------------
+
+    def unwatched(self, error: ConnectionLost) -> None:
+        """Nobody tells us any more what is removed: join again, by which all that we need is declared."""
+        if self.subscription.name is not None:
+            self._cut(error)
+
+    def removed(self, gone: Place) -> None:
+        """The broker was told to remove a topic or queue of anybody's, and has dropped its subscriptions."""
+        record, form, name = self._record, self._home.form, self.subscription.name
+        if record is None or not self._links or self._lost is not None or self._closed:
+            return
+        if gone == Place("queue", form.demand):
+            self._mend(self._tell_demand(record))
+        elif name is not None:
+            if hit := form.hit(gone, name, record):
+                self._mend(self._restore(gone, hit))
+            elif gone.kind == "queue" and gone.name in (
+                form.queue("retry", name),
+                form.queue("record", name),
+            ):
+                self._cut(_taken(gone))
+
+    def _mend(self, work: Coroutine[None, None, None]) -> None:
+        task = self._loop.create_task(self._mended(work), name="pubsub-mend")
+        self._mending.add(task)
+        task.add_done_callback(self._mending.discard)
+
+    async def _mended(self, work: Coroutine[None, None, None]) -> None:
+        try:
+            await work
+        except PubSubError as error:
+            self._cut(error if isinstance(error, ConnectionLost) else ConnectionLost(str(error)))
+
+    async def _tell_demand(self, record: Record) -> None:
+        """The entries of all subscriptions are gone: until ours is back, publishers refuse what is for us."""
+        if self.subscription.name is not None:
+            await self._home.demand.confirm(self.subscription.name, record)
+        elif self._lease is not None:
+            await store(self._links[0], [self._home.demand.lease(self._owner, record)])
+
+    async def _restore(self, gone: Place, hit: Sequence[str]) -> None:
+        home, name, topic = self._home, self.subscription.label, gone.name.partition(".")[2]
+        home.unmended[name, gone] = time.monotonic()
+        async with self._adding:
+            revived = [await home.form.revive(home.session, name, cover) for cover in hit]
+            if all(revived) or "~" in topic:
+                self._cut(_taken(gone))
+            else:
+                await self._restore_topic(gone, topic)
+        home.unmended.pop((name, gone), None)
+
+    async def _restore_topic(self, gone: Place, topic: str) -> None:
+        """Receive by a durable subscription to this very topic, made anew: those that there are stay without it."""
+        name = self.subscription.label
+        self._record = record = await self._home.set_apart(name, topic)
+        price = "; its order beside other topics is not kept" if self.subscription.ordered else ""
+        log.warning("%s: %s; receiving again what is published there%s", name, _taken(gone), price)
+        for id, source in list(self._sources.items()):
+            if source.cover == topic:
+                del self._sources[id]
+                await source.link.ask("UNSUBSCRIBE", {"id": id})
+                await self._home.form.renew(source.link, name, topic)
+                await self._receive_from(source.link, topic, self._from_place(topic))
+        await self._add_places(record)
+
     # -- handing out ------------------------------------------------------------------------------
 
     async def receive(self) -> Sequence[Delivery]:
@@ -443,13 +524,17 @@ class ActivemqReceiver(Receiver):
         self._end_lease()
         for timer in self._early.values():
             timer.cancel()
-        tasks = [task for task in (self._standing_by, self._renewing) if task is not None]
+        tasks = [task for task in (self._standing_by, self._renewing, *self._mending) if task is not None]
         for task in tasks:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks)
         self._flush()
         await self._detach()
+
+
+def _taken(gone: Place) -> ConnectionLost:
+    return ConnectionLost(f"activemq: {gone} was removed under its members, with all that waited in it")
 
 
 def _belongs(delivery: Delivery, record: Record) -> bool:

@@ -33,11 +33,14 @@ class Record:
 
     ``lives`` tells it from one of the same name that was deleted: a copy that a broker's scheduler still
     held then belongs to nobody. There are several where members declared it first at the same time.
+    Topics ``apart`` have a place of their own name, which owns them: the wider one no longer gets what is on them
+    (Classic, `_activemq_forms.Durable`).
     """
 
     definition: Definition
     places: tuple[str, ...]
     lives: tuple[str, ...] = ()
+    apart: tuple[str, ...] = ()
     _owners: dict[str, str | None] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
@@ -53,16 +56,25 @@ class Record:
         for cover in wanted:
             if not any(covers(place, cover) for place in places):
                 places.append(cover)
-        if subscription.ordered and len(places) > 1:
+        apart = old.apart if old is not None else ()
+        whole = [place for place in places if place not in apart]
+        if subscription.ordered and len(whole) > 1:
             raise TopologyConflict(
-                f"activemq: ordered subscription {subscription.name!r} listens to {', '.join(places[:-1])} "
-                f"and cannot keep its order over {places[-1]} beside it: delete it and declare it again, or "
+                f"activemq: ordered subscription {subscription.name!r} listens to {', '.join(whole[:-1])} "
+                f"and cannot keep its order over {whole[-1]} beside it: delete it and declare it again, or "
                 "declare the new patterns under another name"
             )
         if old is None:
             return cls(Definition.first(subscription, time.time()), tuple(places), (uuid.uuid4().hex,))
         definition = old.definition.redeclared(subscription, time.time())
-        return old if definition is old.definition else cls(definition, tuple(places), old.lives)
+        return old if definition is old.definition else cls(definition, tuple(places), old.lives, apart)
+
+    def with_apart(self, topic: str) -> Record:
+        """The record after a topic was taken out of wider places; itself where it is in none."""
+        if topic in self.apart or not any(place != topic and matches(place, topic) for place in self.places):
+            return self
+        places = self.places if topic in self.places else (*self.places, topic)
+        return Record(self.definition, places, self.lives, (*self.apart, topic))
 
     def owner(self, topic: str) -> str | None:
         """The place whose copy of a message on ``topic`` counts; None: none of them."""
@@ -71,14 +83,16 @@ class Record:
         except KeyError:
             if len(self._owners) >= REMEMBERED:
                 self._owners.clear()
-            owner = next((place for place in self.places if matches(place, topic)), None)
+            mine = (place for place in self.places if matches(place, topic))
+            owner = topic if topic in self.apart else next(mine, None)
             self._owners[topic] = owner
             return owner
 
     def to_json(self) -> bytes:
         """As UTF-8 JSON, at most a few KiB."""
         definition = json.loads(self.definition.to_json())
-        return json.dumps({"places": self.places, "lives": self.lives, "definition": definition}).encode()
+        data = {"places": self.places, "lives": self.lives, "definition": definition}
+        return json.dumps({**data, "apart": self.apart} if self.apart else data).encode()
 
     @classmethod
     def from_json(cls, text: bytes) -> Record:
@@ -87,8 +101,9 @@ class Record:
             data = json.loads(text)
             places = tuple(str(place) for place in data["places"])
             lives = tuple(str(life) for life in data["lives"])
-            return cls(Definition.from_json(json.dumps(data["definition"]).encode()), places, lives)
-        except (KeyError, TypeError) as error:
+            apart = tuple(str(topic) for topic in data.get("apart", ()))
+            return cls(Definition.from_json(json.dumps(data["definition"]).encode()), places, lives, apart)
+        except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a subscription record: {text[:80]!r}") from error
 
     @classmethod
@@ -100,9 +115,11 @@ class Record:
             return records[0]
         places = dict.fromkeys(place for record in records for place in record.places)
         lives = dict.fromkeys(life for record in records for life in record.lives)
+        apart = dict.fromkeys(topic for record in records for topic in record.apart)
         eras = _in_order(era for record in records for era in record.definition.eras)
         newest = records[-1].definition
-        return cls(Definition(eras[-Definition.KEPT :], newest.ordered), tuple(places), tuple(lives))
+        definition = Definition(eras[-Definition.KEPT :], newest.ordered)
+        return cls(definition, tuple(places), tuple(lives), tuple(apart))
 
 
 def _in_order(eras: Iterable[Era]) -> tuple[Era, ...]:

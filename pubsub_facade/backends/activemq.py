@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Final
 
 from pubsub_facade import wire
@@ -21,6 +22,7 @@ from pubsub_facade.backends._activemq_forms import Artemis, Durable, Form, Virtu
 from pubsub_facade.backends._activemq_receiver import ActivemqReceiver
 from pubsub_facade.backends._activemq_record import Record, places_for
 from pubsub_facade.backends._activemq_session import Session, store
+from pubsub_facade.backends._activemq_watch import Place, Watch
 from pubsub_facade.backends._activemq_wire import RECORD, Letter, MessageCodec, foreign_id
 from pubsub_facade.backends._required import send_wanted
 from pubsub_facade.backends._stomp import BrokerRefused, Link
@@ -59,10 +61,14 @@ class ActivemqBackend(Backend):
             self.form = Durable(settings)
         self.session = Session(settings)
         self.demand = Demand(self.session, self.form)
+        self.watch = (
+            None if self.section.flavor == "artemis" else Watch(self.session, self._removed, self._unwatched)
+        )
         self.codec = MessageCodec()
         self._schedules = self.section.flavor == "artemis" or self.section.scheduler
         self._lines: dict[str, str] = {}  # topic -> encoded header lines
         self._receivers: list[ActivemqReceiver] = []
+        self.unmended: dict[tuple[str, Place], float] = {}
 
     @property
     def capabilities(self) -> Capabilities:
@@ -84,8 +90,12 @@ class ActivemqBackend(Backend):
     async def open(self) -> None:
         await self.session.open()
         self.demand.reset()
+        if self.watch is not None:
+            self.watch.reset()
 
     async def close(self) -> None:
+        if self.watch is not None:
+            await self.watch.close()
         await asyncio.gather(*(receiver.close() for receiver in list(self._receivers)))
         await self.session.close()
 
@@ -222,6 +232,20 @@ class ActivemqBackend(Backend):
             await self.form.sweep(self.session, queue, lambda headers: headers.get(RECORD) in stored)
             await self._notify(name)
 
+    async def set_apart(self, name: str, topic: str) -> Record:
+        """The record of a subscription that is to have a place for this very topic; stored where it had none."""
+        old, stored = await self._read(name)
+        if old is None:
+            raise ConnectionLost(f"activemq: subscription {name!r} is not there any more")
+        new = old.with_apart(topic)
+        if new is not old:
+            queue = self.form.queue("record", name)
+            letter = Letter(self.form.queue_lines(queue), {RECORD: uuid.uuid4().hex}, new.to_json())
+            await store(self.session.main, [letter])
+            await self.form.sweep(self.session, queue, lambda headers: headers.get(RECORD) in stored)
+            await self._notify(name)
+        return new
+
     async def _notify(self, name: str) -> None:
         """Tell members everywhere to read the record again."""
         await store(self.session.main, [Letter(self.form.notice_lines(), {}, name.encode())])
@@ -231,12 +255,17 @@ class ActivemqBackend(Backend):
         for receiver in list(self._receivers):
             if receiver.subscription.name == subscription:
                 await receiver.close()
+        # Members elsewhere declare anew as soon as something is removed: the entries they leave then stay.
+        left = await self.demand.all_entries(subscription)
         if record is not None or stored:
             await self.form.remove(self.session, subscription, record.places if record is not None else ())
+        await self.demand.remove(left)
+        if record is not None or stored:
             await self._notify(subscription)
-        await self.demand.forget(subscription)
 
     async def consume(self, subscription: Subscription, window: int) -> Receiver:
+        if self.watch is not None and subscription.name is not None:
+            await self.watch.ready()
         receiver = ActivemqReceiver(self, subscription, window, self._receivers.remove)
         self._receivers.append(receiver)
         try:
@@ -248,11 +277,21 @@ class ActivemqBackend(Backend):
             raise
         return receiver
 
+    def _removed(self, gone: Place) -> None:
+        for receiver in list(self._receivers):
+            receiver.removed(gone)
+
+    def _unwatched(self, error: ConnectionLost) -> None:
+        for receiver in list(self._receivers):
+            receiver.unwatched(error)
+
     async def inspect(self, subscription: str) -> Backlog:
         record = await self.record(subscription)
         if record is None:
             return Backlog(0, 0, 0, None) if self.capabilities.backlog else Backlog(None, None, None, None)
-        return await self.form.count(self.session, subscription, record.places)
+        backlog = await self.form.count(self.session, subscription, record.places)
+        # Of topics apart the broker counts for the wider place what it will never hand out.
+        return replace(backlog, waiting=None) if record.apart else backlog
 
     async def diagnose(self) -> list[Finding]:
         examine = examine_artemis if self.section.flavor == "artemis" else examine_classic

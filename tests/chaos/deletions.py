@@ -65,6 +65,10 @@ async def topic_on_classic(world: World, pubsub: AsyncPubSub) -> None:
     await _removed_on_classic(world, "removeTopic", f"{world.namespace}.{TOPIC}")
 
 
+async def retries_on_classic(world: World, pubsub: AsyncPubSub) -> None:
+    await _removed_on_classic(world, "removeQueue", f"{world.namespace}$retry.{SPARE}")
+
+
 async def queue_on_classic(world: World, pubsub: AsyncPubSub) -> None:
     await _removed_on_classic(
         world, "removeQueue", f"Consumer.{SPARE}.VirtualTopic.{world.namespace}.{SPARE}.>"
@@ -88,15 +92,14 @@ async def queue_on_artemis(world: World, pubsub: AsyncPubSub) -> None:
     )
 
 
-# What Classic's console removes under running members (`topic_on_classic`, `queue_on_classic`) is not among them:
-# the broker drops their subscriptions and tells them nothing, and they receive no more until they join again. Nor is
-# `topic_on_kafka`: of a topic that is deleted and made again at once, a member may skip as many messages as it had
-# read of the old one, because nothing that this protocol tells it says that it is another.
+# `topic_on_kafka` is not among them: of a topic that is deleted and made again at once, a member may skip as many
+# messages as it had read of the old one, because nothing that this protocol tells it says that it is another.
 DELETIONS: Final[dict[str, tuple[Deletion, ...]]] = {
     "sqlite": (subscription_by_the_facade,),
     "rabbitmq": (queue_on_rabbitmq, subscription_by_the_facade),
     "kafka": (subscription_by_the_facade,),
-    "activemq-virtual": (subscription_by_the_facade,),
+    "activemq": (topic_on_classic, retries_on_classic),
+    "activemq-virtual": (queue_on_classic, retries_on_classic, subscription_by_the_facade),
     "artemis": (queue_on_artemis, subscription_by_the_facade),
 }
 

@@ -99,6 +99,7 @@ async def test_a_notice_that_comes_while_joining_does_not_lock_the_member_out(sl
         codec=MessageCodec(),
         record=read,
         due_lines=lambda _: "x",
+        unmended={},
     )
     receiver = ActivemqReceiver(cast(Home, home), subscription, 10, lambda _: None)
     await asyncio.wait_for(receiver.join(), 5)
