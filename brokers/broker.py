@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from brokers import ports
-from brokers.process import Daemon
+from brokers.process import LOOPBACK, Daemon, Host
 from brokers.waiting import wait_until
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,6 +37,7 @@ class Broker(ABC):
         extra: lines added to its configuration (``rabbitmq.conf``, ``server.properties``, or XML elements
             within ``<broker>`` on Classic and ``<core>`` on Artemis); a later line wins over ours.
         listeners: further connector or acceptor elements of the two ActiveMQ brokers, such as TLS ones.
+        host: where it runs (RabbitMQ and Kafka; see `brokers.networks`).
     """
 
     name: ClassVar[str]
@@ -48,7 +49,9 @@ class Broker(ABC):
         *,
         extra: Sequence[str] = (),
         listeners: Sequence[str] = (),
+        host: Host = LOOPBACK,
     ) -> None:
+        self.host = host
         self.directory = directory.resolve()
         self.extra = tuple(extra)
         self.listeners = tuple(listeners)
@@ -56,7 +59,7 @@ class Broker(ABC):
         self.log = self.directory / f"{self.name}.log"
         self._log_start = 0
         self.daemon = Daemon(
-            self.directory / f"{self.name}.pid", self.log, self.environment(), self.account()
+            self.directory / f"{self.name}.pid", self.log, self.environment(), self.account(), host
         )
 
     @classmethod

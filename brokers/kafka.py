@@ -25,7 +25,7 @@ class Kafka(Broker):
     @property
     def bootstrap(self) -> str:
         """The address clients are given."""
-        return f"127.0.0.1:{self.ports['client']}"
+        return f"{self.host.address}:{self.ports['client']}"
 
     @property
     def _properties(self) -> str:
@@ -40,15 +40,18 @@ class Kafka(Broker):
         servers = f'["127.0.0.1:{ports["client"]}"]'
         return {"kafka": f'backend = "kafka"\n\n[kafka]\nbootstrap_servers = {servers}\n'}
 
+    def ready(self) -> bool:
+        return probe.kafka(self.ports["client"], self.host.address)
+
     def command(self) -> list[str]:
         return java.command("kafka", "kafka.Kafka", self._properties, options=[java.log4j(self.directory)])
 
     def configure(self) -> None:
-        controller = self.ports["controller"]
+        controller = f"{self.host.address}:{self.ports['controller']}"
         own = [
-            f"listeners=PLAINTEXT://{self.bootstrap},CONTROLLER://127.0.0.1:{controller}",
+            f"listeners=PLAINTEXT://{self.bootstrap},CONTROLLER://{controller}",
             f"advertised.listeners=PLAINTEXT://{self.bootstrap}",
-            f"controller.quorum.voters=1@127.0.0.1:{controller}",
+            f"controller.quorum.voters=1@{controller}",
             f"log.dirs={self.directory / 'data'}",
         ]
         lines = [(CONF / "server.properties").read_text(), *own, *self.listeners, *self.extra]

@@ -9,11 +9,13 @@ from __future__ import annotations
 import socket
 import struct
 
+from brokers.process import LOOPBACK
+
 _TIMEOUT = 2.0
 
 
-def _connect(port: int) -> socket.socket:
-    return socket.create_connection(("127.0.0.1", port), timeout=_TIMEOUT)
+def _connect(port: int, address: str = LOOPBACK.address) -> socket.socket:
+    return socket.create_connection((address, port), timeout=_TIMEOUT)
 
 
 def _exactly(link: socket.socket, size: int) -> bytes:
@@ -26,21 +28,21 @@ def _exactly(link: socket.socket, size: int) -> bytes:
     return data
 
 
-def amqp(port: int) -> bool:
+def amqp(port: int, address: str = LOOPBACK.address) -> bool:
     """AMQP 0-9-1: the protocol header is answered with Connection.Start (class 10, method 10)."""
     try:
-        with _connect(port) as link:
+        with _connect(port, address) as link:
             link.sendall(b"AMQP\x00\x00\x09\x01")
             return _exactly(link, 11)[7:] == struct.pack("!HH", 10, 10)
     except OSError:
         return False
 
 
-def kafka(port: int) -> bool:
+def kafka(port: int, address: str = LOOPBACK.address) -> bool:
     """Kafka: a Metadata request (key 3, version 1, no topics) names a broker that is not fenced."""
     request = struct.pack("!hhih", 3, 1, 1, -1) + struct.pack("!i", 0)
     try:
-        with _connect(port) as link:
+        with _connect(port, address) as link:
             link.sendall(struct.pack("!i", len(request)) + request)
             answer = _exactly(link, struct.unpack("!i", _exactly(link, 4))[0])
     except OSError:
@@ -60,10 +62,10 @@ def stomp(port: int, user: str, password: str) -> bool:
         return False
 
 
-def erlang_nodes(port: int) -> list[str]:
+def erlang_nodes(port: int, address: str = LOOPBACK.address) -> list[str]:
     """The nodes registered at the Erlang port mapper (epmd) on ``port``; none where nothing listens."""
     try:
-        with _connect(port) as link:
+        with _connect(port, address) as link:
             link.sendall(b"\x00\x01n")
             answer = b"".join(iter(lambda: link.recv(4096), b""))
     except OSError:

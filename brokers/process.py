@@ -9,11 +9,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pwd
 import signal
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
 from brokers.waiting import wait_until
 
@@ -56,6 +58,26 @@ def _has_ended(pid: int) -> bool:
     return True
 
 
+@dataclass(frozen=True, slots=True)
+class Host:
+    """Where a process runs: its address, and the network namespace that has it; None is ours."""
+
+    address: str = "127.0.0.1"
+    namespace: str | None = None
+
+
+LOOPBACK: Final = Host()
+
+
+def _entrance(namespace: str, user: str | None) -> list[str]:
+    """What runs the rest of a command line there, as the same process."""
+    enter = ["nsenter", f"--net=/run/netns/{namespace}"]
+    if user is not None:
+        account = pwd.getpwnam(user)
+        enter += [f"--setuid={account.pw_uid}", f"--setgid={account.pw_gid}"]
+    return enter
+
+
 class _Detached(subprocess.Popen[bytes]):
     """A child that is to outlive this object: letting go of it is no leak to warn of."""
 
@@ -65,12 +87,13 @@ class _Detached(subprocess.Popen[bytes]):
 
 @dataclass(slots=True)
 class Daemon:
-    """One process by its pid file and log. ``user`` is whom it runs as when root starts it."""
+    """One process by its pid file and log. ``user`` is whom it runs as when root starts it, on ``host``."""
 
     pid_file: Path
     log: Path
     environment: Mapping[str, str] = field(default_factory=dict)
     user: str | None = None
+    host: Host = LOOPBACK
 
     def pid(self) -> int | None:
         """The pid while the process lives and is the one that was started here; else None."""
@@ -85,6 +108,10 @@ class Daemon:
         if self.pid() is not None:
             return
         self.log.parent.mkdir(parents=True, exist_ok=True)
+        user = self.user
+        if self.host.namespace is not None:  # it takes root to enter one: who we are changes on the way
+            command = [*_entrance(self.host.namespace, user), *command]
+            user = None
         with self.log.open("ab") as log:
             child = _Detached(
                 command,
@@ -94,9 +121,9 @@ class Daemon:
                 env={**os.environ, **self.environment},
                 cwd=self.pid_file.parent,
                 start_new_session=True,
-                user=self.user,
-                group=self.user,
-                extra_groups=[] if self.user else None,
+                user=user,
+                group=user,
+                extra_groups=[] if user else None,
             )
         identity = identify(child.pid)
         if identity is not None:

@@ -15,17 +15,17 @@ from pathlib import Path
 
 from brokers import probe
 from brokers.broker import CONF, PASSWORD, READY, USER, Broker, BrokerError
-from brokers.process import Daemon
+from brokers.process import LOOPBACK, Daemon, Host
 
 SCRIPTS = Path("/usr/lib/rabbitmq/bin")
 ACCOUNT = "rabbitmq"
 # The management plugin takes 5 s to stop, doing nothing; an application is given 2 s.
-_KERNEL = ("-kernel", "inet_dist_use_interface", "{127,0,0,1}", "shutdown_timeout", "2000")
+_KERNEL = ("-kernel", "shutdown_timeout", "2000", "inet_dist_use_interface")
 
 
-def amqp_url(port: int) -> str:
+def amqp_url(port: int, address: str = LOOPBACK.address) -> str:
     """Where clients of the broker on ``port`` connect, with user and password."""
-    return f"amqp://{USER}:{PASSWORD}@127.0.0.1:{port}/%2F"
+    return f"amqp://{USER}:{PASSWORD}@{address}:{port}/%2F"
 
 
 class RabbitMQ(Broker):
@@ -41,16 +41,17 @@ class RabbitMQ(Broker):
         extra: Sequence[str] = (),
         listeners: Sequence[str] = (),
         leader: RabbitMQ | None = None,
+        host: Host = LOOPBACK,
     ) -> None:
         """``leader``: the node whose cluster this one is to join (see `join`)."""
         self.leader = leader
         wanted = dict(wanted_ports or {})
         if leader is not None:
             wanted["epmd"] = leader.ports["epmd"]
-        super().__init__(directory, wanted or None, extra=extra, listeners=listeners)
+        super().__init__(directory, wanted or None, extra=extra, listeners=listeners, host=host)
         self.mapper: Daemon = (
-            Daemon(self.directory / "epmd.pid", self.directory / "epmd.log", user=self.account())
-            if leader is None
+            Daemon(self.directory / "epmd.pid", self.directory / "epmd.log", user=self.account(), host=host)
+            if leader is None or leader.host != host
             else leader.mapper
         )
 
@@ -65,17 +66,18 @@ class RabbitMQ(Broker):
     @property
     def node(self) -> str:
         """The Erlang node's name."""
-        return f"pubsub-{self.ports['dist']}@localhost"
+        at = "localhost" if self.host == LOOPBACK else self.host.address
+        return f"pubsub-{self.ports['dist']}@{at}"
 
     @property
     def url(self) -> str:
         """Where clients connect, with user and password."""
-        return amqp_url(self.ports["amqp"])
+        return amqp_url(self.ports["amqp"], self.host.address)
 
     @property
     def management_url(self) -> str:
         """The HTTP API; same user and password."""
-        return f"http://127.0.0.1:{self.ports['management']}/api"
+        return f"http://{self.host.address}:{self.ports['management']}/api"
 
     def account(self) -> str | None:
         if os.geteuid() != 0:
@@ -89,6 +91,7 @@ class RabbitMQ(Broker):
 
     def environment(self) -> dict[str, str]:
         at = str(self.directory)
+        interface = f"{{{self.host.address.replace('.', ',')}}}"
         return {
             "HOME": at,
             "RUNNING_UNDER_SYSTEMD": "true",  # makes the script become the broker instead of its parent
@@ -100,9 +103,10 @@ class RabbitMQ(Broker):
             "RABBITMQ_CONFIG_FILE": f"{at}/rabbitmq.conf",
             "RABBITMQ_ENABLED_PLUGINS_FILE": f"{at}/enabled_plugins",
             "RABBITMQ_DIST_PORT": str(self.ports["dist"]),
-            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": " ".join(_KERNEL),
+            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": " ".join([*_KERNEL, interface]),
             "ERL_EPMD_PORT": str(self.ports["epmd"]),
-            "ERL_EPMD_ADDRESS": "127.0.0.1",
+            "ERL_EPMD_ADDRESS": self.host.address,
+            "RABBITMQ_USE_LONGNAME": "false" if self.host == LOOPBACK else "true",
         }
 
     def command(self) -> list[str]:
@@ -110,8 +114,8 @@ class RabbitMQ(Broker):
 
     def configure(self) -> None:
         listeners = [
-            f"listeners.tcp.1 = 127.0.0.1:{self.ports['amqp']}",
-            "management.tcp.ip = 127.0.0.1",
+            f"listeners.tcp.1 = {self.host.address}:{self.ports['amqp']}",
+            f"management.tcp.ip = {self.host.address}",
             f"management.tcp.port = {self.ports['management']}",
         ]
         shared = (CONF / "rabbitmq.conf").read_text()
@@ -125,8 +129,11 @@ class RabbitMQ(Broker):
             for path in [self.directory, *self.directory.rglob("*")]:
                 shutil.chown(path, account, account)
 
+    def ready(self) -> bool:
+        return probe.amqp(self.ports["amqp"], self.host.address)
+
     def launch(self) -> None:
-        self.mapper.start(["epmd", "-port", str(self.ports["epmd"]), "-address", "127.0.0.1"])
+        self.mapper.start(["epmd", "-port", str(self.ports["epmd"]), "-address", self.host.address])
         super().launch()
 
     def ctl(self, *arguments: str, timeout: float = 60) -> str:
@@ -160,5 +167,5 @@ class RabbitMQ(Broker):
 
     def stop(self, grace: float = 30) -> None:
         super().stop(grace)
-        if not probe.erlang_nodes(self.ports["epmd"]):
+        if not probe.erlang_nodes(self.ports["epmd"], self.host.address):
             self.mapper.stop(5)
