@@ -19,6 +19,9 @@ from pubsub_facade.backends._rabbitmq_wire import envelope_of
 from pubsub_facade.errors import ConnectionLost, Fate, PubSubError
 
 MAX_METHODS: Final = 1024  # publish frames remembered, one for each topic
+SLOW: Final = (
+    5.0  # s: a full queue refuses at once; a node that looks for a lost one takes 7 s for each message
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +103,7 @@ class Confirms:
         self._link = channel.link
         self._next = 1
         self._groups: deque[_Group] = deque()
+        self._since = 0.0  # (loop time) the last confirm, or the first group written after it
         self._returned: set[str] = set()
         self._methods: dict[tuple[str, str, bool], bytes] = {}
         self._loop = asyncio.get_running_loop()
@@ -111,6 +115,7 @@ class Confirms:
         channel = await link.open_channel()
         confirms = cls(channel)
         channel.on_closed.append(confirms._on_closed)
+        link.unanswered.append(confirms._waiting)
         link.attach(channel.number, confirms)
         await channel.call(channel.pika.confirm_delivery, unused)
         return confirms
@@ -126,6 +131,8 @@ class Confirms:
         if self._channel.error is not None:
             future.set_exception(_lost(self._channel.error))
             return future
+        if not self._groups:
+            self._since = self._loop.time()
         number, limit = self._channel.number, self._frame_max
         data: list[bytes] = []
         for message in messages:
@@ -156,6 +163,11 @@ class Confirms:
     def confirmed(self, tag: int, multiple: bool, stored: bool) -> None:
         """The broker answers for one message, or for all up to it."""
         complete = False
+        waited, self._since = self._link.heard - self._since, self._link.heard
+        if not stored and waited > SLOW:
+            why = f"it refused a message after {waited:.1f} s"
+            self._loop.call_soon(self._link.give_up, why)  # what is not confirmed goes to another node
+            return
         for group in self._groups:
             if group.first > tag:
                 break
@@ -179,7 +191,12 @@ class Confirms:
         if not group.done.done():
             group.done.set_result(outcome)
 
+    def _waiting(self) -> float | None:
+        """Since when nothing was confirmed: a broker that is busy confirms some."""
+        return self._since if self._groups else None
+
     def _on_closed(self, error: PubSubError) -> None:
+        self._link.unanswered.remove(self._waiting)
         while self._groups:
             future = self._groups.popleft().done
             if not future.done():

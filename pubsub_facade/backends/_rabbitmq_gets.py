@@ -39,7 +39,6 @@ class Gets:
             try:
                 async with link.brief_channel() as channel:
                     gets = cls(channel)
-                    channel.on_closed.append(gets._on_closed)
                     link.attach(channel.number, gets)
                     try:
                         yield gets
@@ -65,7 +64,7 @@ class Gets:
             raise self.channel.error
         self._page = []
         self._missing = limit
-        self._done = asyncio.get_running_loop().create_future()
+        self._done = self.channel.future()
         self.channel.link.write([frames.get(self.channel.number, queue)] * limit)
         await self._done
         for content in self._page:
@@ -101,10 +100,6 @@ class Gets:
         self._missing -= 1
         if not self._missing and self._done is not None and not self._done.done():
             self._done.set_result(None)
-
-    def _on_closed(self, error: PubSubError) -> None:
-        if self._done is not None and not self._done.done():
-            self._done.set_exception(error)
 
 
 async def ready(channel: Channel, queue: str) -> int:

@@ -25,6 +25,7 @@ from pubsub_facade.backends import _rabbitmq_frames as frames
 from pubsub_facade.errors import AuthenticationFailed, ConnectionFailed, ConnectionLost, PubSubError
 
 CLOSE_TIMEOUT: Final = 2.0  # s for a link to end in good order before it is cut
+PATIENCE: Final = 10.0  # s for an answer at least: a node may look 7 s for one that does not answer
 RECEIVE_BYTES: Final = 1 << 16  # read from the socket at once
 
 NOT_FOUND: Final = 404  # reply codes of AMQP
@@ -79,6 +80,13 @@ class Link(AsyncioConnection):  # type: ignore[misc] # pika has no types
     ) -> None:
         self.title = title
         self.blocked = False  # by a memory or disk alarm: what is published waits
+        self.left = False  # by us
+        self.given_up = False  # because nothing was answered
+        self.begun = self.heard = asyncio.get_running_loop().time()  # and when something came last
+        self.patience = max(2.0 * parameters.heartbeat, PATIENCE)
+        """Seconds that an answer may take. A node that is cut off from its cluster beats on, and answers nothing."""
+        self.unanswered: list[Callable[[], float | None]] = []
+        """Each tells since when (loop time) somebody waits for an answer; None: nobody does."""
         self.error: ConnectionLost | None = None
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.on_lost: list[Callable[[ConnectionLost], None]] = []
@@ -87,7 +95,7 @@ class Link(AsyncioConnection):  # type: ignore[misc] # pika has no types
         self._partial: dict[int, list[Any]] = {}
         self._outgoing: list[bytes] = []
         self._facade_loop = asyncio.get_running_loop()
-        self._heard = self._facade_loop.time()
+        self._waited_from = 0.0  # (loop time) what was asked before may have waited for the end of an alarm
         self._watch: asyncio.TimerHandle | None = None
         super().__init__(
             parameters,
@@ -131,6 +139,7 @@ class Link(AsyncioConnection):  # type: ignore[misc] # pika has no types
 
     def _block(self, blocked: bool) -> None:
         self.blocked = blocked
+        self._waited_from = self._facade_loop.time()
 
     def _arm(self) -> None:
         """Watch for silence: pika's own check takes up to twice as long, plus ten seconds."""
@@ -139,18 +148,35 @@ class Link(AsyncioConnection):  # type: ignore[misc] # pika has no types
     def _listen(self, again: bool) -> None:
         if self.is_closed:
             return
-        silence = self._facade_loop.time() - self._heard
-        if silence <= self.params.heartbeat:
+        now = self._facade_loop.time()
+        silence = now - self.heard
+        waited = 0.0 if self.blocked else now - self._asked(now)
+        if silence <= self.params.heartbeat and waited <= self.patience:
             self._arm()
+        elif again and silence > self.params.heartbeat:
+            self._cut_short(f"no sign of life for {silence:.1f} s (heartbeat)")
         elif again:
-            self._terminate_stream(
-                exceptions.AMQPHeartbeatTimeout(f"no sign of life for {silence:.1f} s (heartbeat)")
-            )
+            self.give_up(f"it beats, but has answered nothing for {waited:.1f} s")
         else:  # this loop may have been busy all the time: let it read first
             self._watch = self._facade_loop.call_later(0.1, self._listen, True)
 
+    def give_up(self, why: str) -> None:
+        """End it at once: its node lives, and does not reach those that it needs."""
+        self.given_up = True
+        self._cut_short(f"{why}: is this node cut off from the others?")
+
+    def _cut_short(self, why: str) -> None:
+        if not self.is_closed:
+            self._terminate_stream(exceptions.AMQPHeartbeatTimeout(why))
+
+    def _asked(self, now: float) -> float:
+        """Since when the oldest question waits for its answer (loop time)."""
+        waiting = [since for each in self.unanswered if (since := each()) is not None]
+        return max(min(waiting, default=now), self._waited_from)
+
     async def leave(self) -> None:
         """Close in good order, or cut after `CLOSE_TIMEOUT`. Idempotent; never raises."""
+        self.left = True
         try:
             if self.is_open:
                 self.close()
@@ -191,7 +217,7 @@ class Link(AsyncioConnection):  # type: ignore[misc] # pika has no types
                 self._transport.write(data)
 
     def _on_data_available(self, data_in: bytes) -> None:
-        self._heard = self._facade_loop.time()
+        self.heard = self._facade_loop.time()
         if not self._opened:
             super()._on_data_available(data_in)
             return
@@ -292,18 +318,23 @@ class Channel:
         self.error: PubSubError | None = None
         self.on_closed: list[Callable[[PubSubError], None]] = []
         self._loop = asyncio.get_running_loop()
-        self._waiting: set[asyncio.Future[Any]] = set()
-        self._opened = self._future()
+        self._waiting: dict[asyncio.Future[Any], float] = {}  # since when; the oldest first
+        self._opened = self.future()
+        link.unanswered.append(self._since)
         self._closed: asyncio.Future[None] = self._loop.create_future()
         self.pika = link.channel(on_open_callback=self._on_opened)
         self.number: int = self.pika.channel_number
         self.pika.add_on_close_callback(self._on_closed)
 
-    def _future(self) -> asyncio.Future[Any]:
+    def future(self) -> asyncio.Future[Any]:
+        """For an answer that comes on this channel: it fails with it, and the link is given up where none comes."""
         future = self._loop.create_future()
-        self._waiting.add(future)
-        future.add_done_callback(self._waiting.discard)
+        self._waiting[future] = self._loop.time()
+        future.add_done_callback(lambda done: self._waiting.pop(done, None))
         return future
+
+    def _since(self) -> float | None:
+        return next(iter(self._waiting.values()), None)
 
     def _on_opened(self, _: Any) -> None:
         if not self._opened.done():
@@ -315,12 +346,13 @@ class Channel:
 
     def _on_closed(self, _: Any, reason: BaseException) -> None:
         self.link.detach(self.number)
+        self.link.unanswered.remove(self._since)
         self.error = self._explain(reason)
+        if not self._closed.done():
+            self._closed.set_result(None)
         for future in list(self._waiting):
             if not future.done():
                 future.set_exception(self.error)
-        if not self._closed.done():
-            self._closed.set_result(None)
         for listener in self.on_closed:
             listener(self.error)
         self.on_closed.clear()
@@ -345,7 +377,7 @@ class Channel:
         """
         if self.error is not None:
             raise self.error
-        future = self._future()
+        future = self.future()
 
         def answered(answer: Any) -> None:
             if not future.done():
@@ -364,6 +396,7 @@ class Channel:
             with contextlib.suppress(exceptions.AMQPError):
                 if self.pika.is_open:
                     self.pika.close()
+                    self._waiting[self._closed] = self._loop.time()
                 await asyncio.shield(self._closed)
 
 

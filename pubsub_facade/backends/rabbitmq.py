@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import time
 import uuid
+from collections import deque
 from collections.abc import AsyncIterator, Collection, Sequence
 from typing import Final
 
@@ -40,6 +42,7 @@ from pubsub_facade.settings import Settings
 from pubsub_facade.subscription import Definition, Subscription
 
 CLOSE_TIMEOUT: Final = 5.0  # s for members to leave in good order
+MAX_PATIENCE: Final = 600.0  # s for an answer, where link after link got none
 
 
 class _Notices:
@@ -73,6 +76,8 @@ class RabbitmqBackend(Backend):
                 f"namespace {self._namespace!r} is RabbitMQ's own: choose one that does not begin with 'amq'"
             )
         self._own = settings.rabbitmq
+        self._hosts = deque(settings.rabbitmq.address.hosts)  # the one to try first leads
+        self._patience = 0.0  # s that the next link waits for an answer at least
         self._out: Link | None = None  # publishes
         self._in: Link | None = None  # consumes, and everything that has an answer
         self._sends: Confirms | None = None
@@ -111,14 +116,14 @@ class RabbitmqBackend(Backend):
         except BaseException:
             await link.leave()
             raise
-        link.on_lost.append(self._lost)
+        link.on_lost.append(functools.partial(self._lost, link))
         self._out = link
 
     async def _connect(self, purpose: str) -> Link:
         own, failures = self._own, []
-        for host, port in own.address.hosts:
+        for host, port in list(self._hosts):
             try:
-                return await connect(
+                link = await connect(
                     host,
                     port,
                     own.address,
@@ -131,6 +136,10 @@ class RabbitmqBackend(Backend):
                 raise
             except ConnectionFailed as error:
                 failures.append(error)
+            else:
+                self._hosts.rotate(-self._hosts.index((host, port)))
+                link.patience = max(link.patience, self._patience)
+                return link
         if len(failures) == 1:
             raise failures[0]
         raise ConnectionFailed("; ".join(map(str, failures))) from failures[-1]
@@ -152,7 +161,14 @@ class RabbitmqBackend(Backend):
             except ChannelClosed as error:
                 raise ConnectionFailed(str(error)) from error
 
-    def _lost(self, error: ConnectionLost) -> None:
+    def _lost(self, link: Link, error: ConnectionLost) -> None:
+        if not link.left and self._hosts[0] == (link.params.host, link.params.port):
+            self._hosts.rotate(-1)  # it may take us again, and be cut off from its cluster
+        if (
+            link.given_up
+        ):  # longer and longer, where it is no better on the next: a queue may have lost its quorum
+            soon = asyncio.get_running_loop().time() - link.begun < 4 * link.patience
+            self._patience = min(2 * link.patience, MAX_PATIENCE) if soon else 0.0
         for receiver in self._receivers:
             receiver.fail(error)
 
@@ -176,7 +192,7 @@ class RabbitmqBackend(Backend):
             if self._out is None or self._copies is None:
                 await link.leave()
                 raise ConnectionLost("rabbitmq: closed")
-            link.on_lost.append(self._lost)
+            link.on_lost.append(functools.partial(self._lost, link))
             self._in = link
             self._hears = False
             self._dead = DeadLetterQueues(link)
