@@ -19,11 +19,11 @@ from typing import Any, Final
 import aiokafka.errors as kafka_errors
 from aiokafka.conn import AIOKafkaConnection, CloseReason
 from aiokafka.protocol.coordination import FindCoordinatorRequest
-from aiokafka.protocol.metadata import MetadataRequest
 from aiokafka.protocol.offset import OffsetRequest
 
 from pubsub_facade.address import host_port, show_host
 from pubsub_facade.backends._kafka_records import TP
+from pubsub_facade.backends._kafka_wire import Metadata, topics_of
 from pubsub_facade.errors import AuthenticationFailed, ConnectionFailed, ConnectionLost
 from pubsub_facade.settings import KafkaSettings
 
@@ -72,7 +72,8 @@ class Cluster:
 
     def __init__(self, settings: KafkaSettings, connect_timeout: float, slow: Mapping[str, float]) -> None:
         self.topics: dict[str, list[int]] = {}  # Kafka topic -> leader of each partition, -1: none now
-        self.version = 0  # counts changes of `topics`
+        self.ids: dict[str, str] = {}  # Kafka topic -> its id, as far as brokers tell ids
+        self.version = 0  # counts changes of `topics` and `ids`
         self._settings = settings
         self._connect_timeout = connect_timeout
         self._slow = {"admin": ADMIN_TIMEOUT + 10, **slow}
@@ -273,7 +274,7 @@ class Cluster:
             if self._refreshed > asked:
                 return  # somebody has asked for all topics meanwhile
             began = time.monotonic()
-            request = MetadataRequest(None if names is None else list(names), False)
+            request = Metadata(names)
             try:
                 response = await self.call_any(request)
             except ConnectionLost:
@@ -292,7 +293,7 @@ class Cluster:
                 error = raised
                 continue
             try:
-                self._learn(await conn.send(MetadataRequest([], False)), ())
+                self._learn(await conn.send(Metadata(())), ())
                 return
             except (*_LOST, kafka_errors.KafkaError) as raised:
                 error = ConnectionLost(f"kafka: {show_host(host, port)} does not answer: {_why(raised)}")
@@ -308,15 +309,21 @@ class Cluster:
         self._brokers = {node: (host, port) for node, host, port, *_ in response.brokers}
         self._controller = response.controller_id
         found: dict[str, list[int]] = {}
-        for code, topic, internal, partitions in response.topics:
+        ids: dict[str, str] = {}
+        for code, topic, id, internal, partitions in topics_of(response):
             if partitions and not internal and code in (0, kafka_errors.LeaderNotAvailableError.errno):
                 leaders = {number: leader for _, number, leader, *_ in partitions}
                 found[topic] = [leaders.get(number, -1) for number in range(max(leaders) + 1)]
+                id = id or self.ids.get(topic)  # in the midst of an upgrade some brokers tell none
+                if id is not None:
+                    ids[topic] = id
         topics = found
         if names is not None:
             topics = {name: leaders for name, leaders in self.topics.items() if name not in names} | found
-        if topics != self.topics:
+            ids = {name: id for name, id in self.ids.items() if name not in names} | ids
+        if topics != self.topics or ids != self.ids:
             self.topics = topics
+            self.ids = ids
             self.version += 1
 
     def leader(self, tp: TP) -> int:

@@ -16,6 +16,7 @@ from pubsub_facade.backends._kafka_cluster import EARLIEST, LATEST, Cluster
 from pubsub_facade.backends._kafka_fetch import read
 from pubsub_facade.backends._kafka_producer import Producer
 from pubsub_facade.backends._kafka_records import TP, Outgoing
+from pubsub_facade.backends._kafka_wire import same
 
 TRUSTED: Final = (
     3600.0  # seconds until the fold is made anew: compaction forgets, after a day, what was taken away
@@ -35,6 +36,7 @@ class DeadLetterTopic:
         self._tp: TP = (topic, 0)
         self._live: dict[bytes, int] = {}  # id -> offset, oldest first
         self._next = 0
+        self._id: str | None = None  # of the topic that was read up to there
         self._since = 0.0
 
     async def refresh(self) -> int:
@@ -43,9 +45,11 @@ class DeadLetterTopic:
         if self._tp[0] not in self._cluster.topics:
             self._forget()
             return 0
+        id = self._cluster.ids.get(self._tp[0])
         end = (await self._cluster.offsets({self._tp: LATEST})).get(self._tp, 0)
-        if end < self._next or time.monotonic() - self._since > TRUSTED:
+        if end < self._next or not same(id, self._id) or time.monotonic() - self._since > TRUSTED:
             self._forget()
+        self._id = id
         start = max(self._next, (await self._cluster.offsets({self._tp: EARLIEST})).get(self._tp, 0))
         async for record in read(self._cluster, self._tp, start, end):
             if record.key is not None:

@@ -8,7 +8,7 @@ What transactions aborted is not read.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, Final
 
 import aiokafka.errors as kafka_errors
@@ -26,6 +26,7 @@ from pubsub_facade.backends._kafka_cluster import (
 from pubsub_facade.backends._kafka_log import Records, following
 from pubsub_facade.backends._kafka_partition import Partition
 from pubsub_facade.backends._kafka_records import TP
+from pubsub_facade.backends._kafka_wire import FETCH_IDS, FetchRequest13, same
 from pubsub_facade.errors import ConnectionLost, PubSubError
 
 FETCH_WAIT: Final = 1.0  # seconds a request waits at the broker for something to come
@@ -46,6 +47,8 @@ class Fetched:
 
     def __init__(self, version: int, topic: str, part: tuple[Any, ...], start: int) -> None:
         number, self.code, *rest = part
+        if version >= FETCH_IDS:
+            del rest[-1]  # tags
         aborted = rest[3] if version >= 11 else rest[-2]
         data = rest[-1] or b""
         self.tp: TP = (topic, number)
@@ -68,12 +71,21 @@ def _rows(offsets: dict[TP, int], size: int) -> list[tuple[str, list[tuple[Any, 
     return by_topic({tp: (offset, size) for tp, offset in offsets.items()})
 
 
-def answers(response: Any, offsets: dict[TP, int]) -> Iterator[Fetched]:
-    """The answer to `request`, partition by partition."""
-    for topic, partitions in response.topics:
+def answers(
+    response: Any, offsets: dict[TP, int], ids: Mapping[str, str | None] | None = None
+) -> Iterator[Fetched]:
+    """The answer to `request`, partition by partition.
+
+    Arguments:
+        ids: Kafka topic -> id, where it may have been asked for by id.
+    """
+    version = response.API_VERSION
+    names: dict[Any, str] = {id: name for name, id in (ids or {}).items()}
+    for topic, partitions, *_ in response.topics:
+        name: str = topic if version < FETCH_IDS else names.get(topic, "")
         for part in partitions:
-            if (topic, part[0]) in offsets:
-                yield Fetched(response.API_VERSION, topic, part, offsets[(topic, part[0])])
+            if (name, part[0]) in offsets:
+                yield Fetched(version, name, part, offsets[(name, part[0])])
 
 
 async def read(cluster: Cluster, tp: TP, start: int, stop: int) -> AsyncIterator[Any]:
@@ -111,17 +123,43 @@ async def read(cluster: Cluster, tp: TP, start: int, stop: int) -> AsyncIterator
 
 
 class _Incremental(FetchRequest):  # type: ignore[misc]
-    """A fetch request within a session, where the broker knows sessions of this form (Kafka 2.1)."""
+    """A fetch request within a session: by id where the broker takes that (Kafka 3.1), else by name.
 
-    def __init__(self, session: Session, offsets: dict[TP, int], wait: float) -> None:
+    Sessions of this form are known from Kafka 2.1 on.
+    """
+
+    def __init__(
+        self, session: Session, offsets: dict[TP, int], wait: float, ids: Mapping[str, str | None]
+    ) -> None:
         super().__init__(int(wait * 1000), 1, FETCH_BYTES, READ_COMMITTED, _rows(offsets, PARTITION_BYTES))
         self._session = session
         self._offsets = offsets
+        self._ids = ids
+
+    def prepare(self, versions: dict[int, tuple[int, int]]) -> Any:
+        if versions.get(self.API_KEY, (0, 0))[1] < FETCH_IDS:
+            return super().prepare(versions)
+        offsets: dict[TP, int] = {}
+        for (topic, number), offset in self._offsets.items():
+            id = self._ids[topic]
+            if id is None:
+                return super().prepare(versions)
+            offsets[(id, number)] = offset
+        changed, forgotten = self._session.next(offsets, "id")
+        rows: list[Any] = [
+            (id, [(number, -1, offset, -1, -1, size, {}) for number, offset, size in parts], {})
+            for id, parts in _rows(changed, PARTITION_BYTES)
+        ]
+        head = (-1, self._max_wait_ms, self._min_bytes, self._max_bytes, self._isolation_level)
+        place = (self._session.id, self._session.epoch)
+        return FetchRequest13(
+            *head, *place, rows, [(id, numbers, {}) for id, numbers in by_number(forgotten)], "", {}
+        )
 
     def build(self, request_struct_class: Any) -> Any:
         if request_struct_class.API_VERSION < 9:
             return super().build(request_struct_class)
-        changed, forgotten = self._session.next(self._offsets)
+        changed, forgotten = self._session.next(self._offsets, "name")
         self._topics = _rows(changed, PARTITION_BYTES)
         struct = super().build(request_struct_class)
         struct.session_id, struct.session_epoch = self._session.id, self._session.epoch
@@ -136,19 +174,26 @@ class Session:
     with something new.
     """
 
-    __slots__ = ("_told", "epoch", "id")
+    __slots__ = ("_key", "_told", "epoch", "id")
 
     def __init__(self) -> None:
         self.id = 0
         self.epoch = 0  # of the request that was made last
         self._told: dict[TP, int] = {}
+        self._key = "name"
 
-    def request(self, offsets: dict[TP, int], wait: float) -> Any:
-        """As `request`."""
-        return _Incremental(self, offsets, wait)
+    def request(self, offsets: dict[TP, int], wait: float, ids: Mapping[str, str | None]) -> Any:
+        """As `request`, by these ids (Kafka topic -> id) as far as they are known."""
+        return _Incremental(self, offsets, wait, ids)
 
-    def next(self, offsets: dict[TP, int]) -> tuple[dict[TP, int], set[TP]]:
-        """Another request: which partitions to name, and which to forget."""
+    def next(self, offsets: dict[TP, int], key: str) -> tuple[dict[TP, int], set[TP]]:
+        """Another request: which partitions to name, and which to forget.
+
+        Arguments:
+            key: what topics go by in it, "name" or "id"; a session is of one kind.
+        """
+        if key != self._key:
+            self.id, self._key = 0, key
         told, self._told = self._told, offsets
         if not self.id:
             self.epoch = 0
@@ -174,6 +219,7 @@ class Fetcher:
     Arguments:
         link: connections of its own: a request may wait at the broker.
         came: called with a partition for which something came.
+        gone: called with Kafka topics that are there no more, or are others of the name; no more is read of them.
         fail: called with what cannot be mended here.
     """
 
@@ -182,11 +228,13 @@ class Fetcher:
         cluster: Cluster,
         link: Link,
         came: Callable[[Partition], None],
+        gone: Callable[[Collection[str]], None],
         fail: Callable[[PubSubError], None],
     ) -> None:
         self._cluster = cluster
         self._link = link
         self._came = came
+        self._gone = gone
         self._fail = fail
         self._partitions: list[Partition] = []
         self._version = -1  # of the cluster's metadata, when there was last a task for each leader
@@ -249,16 +297,20 @@ class Fetcher:
             return
         crowded = len(hungry) < len(mine)
         offsets = {partition.tp: partition.fetch_from for partition in hungry}
+        ids = {partition.tp[0]: partition.topic_id for partition in hungry}
         try:
             session = self._sessions.setdefault(node, Session())
-            wanted = session.request(offsets, 0 if crowded else FETCH_WAIT)
+            wanted = session.request(offsets, 0 if crowded else FETCH_WAIT, ids)
             response = await self._cluster.call(node, wanted, self._link)
         except ConnectionLost:
             await self._look_for_leaders()
             return
         if not session.answered(response):
+            if session.epoch == 0:  # nothing that a new session would mend
+                await self._look_for_leaders()
             return
-        came, stale = await self._take(response, offsets, {partition.tp: partition for partition in hungry})
+        fetched = answers(response, offsets, ids)
+        came, stale = await self._take(fetched, offsets, {partition.tp: partition for partition in hungry})
         if stale:
             await self._look_for_leaders()
         elif crowded and not came:
@@ -269,10 +321,10 @@ class Fetcher:
                 return
 
     async def _take(
-        self, response: Any, offsets: dict[TP, int], partitions: dict[TP, Partition]
+        self, answer: Iterable[Fetched], offsets: dict[TP, int], partitions: dict[TP, Partition]
     ) -> tuple[bool, bool]:
         came = stale = False
-        for fetched in answers(response, offsets):
+        for fetched in answer:
             tp = fetched.tp
             partition = partitions[tp]
             if partition.fetch_from != offsets[tp] or partition.held:
@@ -293,7 +345,13 @@ class Fetcher:
         """Leaders move, topics vanish: ask, and read on from whoever leads now."""
         await asyncio.sleep(0.05)
         await self._cluster.refresh({partition.tp[0] for partition in self._partitions})
-        gone = [part for part in self._partitions if part.tp[0] not in self._cluster.topics]
-        if gone:
-            self._partitions = [part for part in self._partitions if part not in gone]
+        topics, ids = self._cluster.topics, self._cluster.ids
+        there = [
+            part
+            for part in self._partitions
+            if part.tp[0] in topics and same(part.topic_id, ids.get(part.tp[0]))
+        ]
+        if len(there) < len(self._partitions):
+            self._gone({part.tp[0] for part in self._partitions} - {part.tp[0] for part in there})
+            self._partitions = there
         self._start()

@@ -31,6 +31,7 @@ class Progress:
         window: deliveries that its writer may have handed out beyond ``reached``; 0: it left in order.
         reached: all from ``offset`` up to here is settled, but for what is in ``open``.
         open: offset -> how often it was handed to a handler.
+        topic_id: whose offsets these are; None: of whatever topic has the name.
     """
 
     offset: int
@@ -38,6 +39,7 @@ class Progress:
     window: int = 0
     reached: int = 0
     open: dict[int, int] = field(default_factory=dict)
+    topic_id: str | None = None
 
     @classmethod
     def read(cls, offset: int, metadata: str) -> Progress:
@@ -45,7 +47,9 @@ class Progress:
         try:
             data = json.loads(metadata)
             pairs = {offset + int(above): int(count) for above, count in data["open"]}
-            return cls(offset, int(data["moves"]), int(data["window"]), offset + int(data["reached"]), pairs)
+            moves, window, reached = int(data["moves"]), int(data["window"]), offset + int(data["reached"])
+            id = data.get("topic")
+            return cls(offset, moves, window, reached, pairs, None if id is None else str(id))
         except (ValueError, TypeError, KeyError):
             return cls(offset, None, 0, offset)
 
@@ -54,8 +58,15 @@ class Progress:
         pairs = [[offset - self.offset, count] for offset, count in sorted(self.open.items())]
         reached = self.reached
         while True:
-            data = {"moves": self.moves or 0, "window": self.window, "reached": reached - self.offset}
-            text = json.dumps({**data, "open": pairs}, separators=(",", ":"))
+            data: dict[str, Any] = {
+                "moves": self.moves or 0,
+                "window": self.window,
+                "reached": reached - self.offset,
+            }
+            data["open"] = pairs
+            if self.topic_id is not None:
+                data["topic"] = self.topic_id
+            text = json.dumps(data, separators=(",", ":"))
             if len(text) <= MAX_METADATA:
                 return text
             keep = len(pairs) * 3 // 4
@@ -89,6 +100,7 @@ class Partition:
         "purged",
         "reached",
         "topic",
+        "topic_id",
         "tp",
         "trial",
         "waiting",
@@ -97,6 +109,7 @@ class Partition:
     def __init__(self, tp: TP, topic: str | None, start: Progress, guess: int, *, ordered: bool) -> None:
         self.tp = tp
         self.topic = topic
+        self.topic_id = start.topic_id
         self.ordered = ordered
         self.position = start.offset  # the next offset to hand out
         self.fetch_from = start.offset
@@ -217,7 +230,7 @@ class Partition:
             reached = self.reached
         if self.doubtful > reached and not window:
             window = self.doubtful - reached
-        return Progress(mark, self.moves, window, reached, seen)
+        return Progress(mark, self.moves, window, reached, seen, self.topic_id)
 
     def _handings(self, offset: int, delivery: Delivery | None) -> int:
         """How often it was handed to a handler, should we die now."""

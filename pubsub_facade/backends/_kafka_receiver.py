@@ -25,6 +25,7 @@ from pubsub_facade.backends._kafka_records import TP, afresh, decode, encode_dea
 from pubsub_facade.backends._kafka_registry import Entry
 from pubsub_facade.backends._kafka_shared import Shared
 from pubsub_facade.backends._kafka_shelf import Shelf
+from pubsub_facade.backends._kafka_wire import same
 from pubsub_facade.backends.base import Receiver
 from pubsub_facade.errors import ConnectionLost, PubSubError
 from pubsub_facade.message import Delivery
@@ -36,7 +37,11 @@ log = logging.getLogger("pubsub_facade")
 JOIN_WAIT: Final = 5.0  # seconds
 FRESH: Final = 0.2  # seconds that the list of topics may be old when we join
 NUDGE: Final = 0.001  # seconds until a little room in the window is filled
+GONE: Final = (0, None)  # of a topic in `There` that is to be looked at anew
 SUSPECT: Final = 2  # handings without an end, from which on a message is tried with nothing beside it
+
+There = dict[str, tuple[int, str | None]]
+"""Of what a member reads and is there: Kafka topic -> how many partitions, and its id."""
 
 
 class KafkaReceiver(Receiver):
@@ -76,11 +81,11 @@ class KafkaReceiver(Receiver):
         self._gone: PubSubError | None = None
         self._closed = False
         self._seen: object = None  # what `look` saw last
-        self._joined: dict[str, int] = {}  # Kafka topic -> partitions, as we last joined
+        self._joined: There = {}  # as we last joined
         self._moves = 1 << 62  # the move that was obeyed when last joined; nothing to obey before that
         self._define(Definition.first(subscription, 0.0))
         number = next(shared.numbers)
-        self._fetcher = Fetcher(shared.cluster, ("fetch", number), self._came, self.fail)
+        self._fetcher = Fetcher(shared.cluster, ("fetch", number), self._came, self._lost, self.fail)
         self._group: Membership | None = None
         if subscription.name is not None:
             group = shared.names.group(subscription.name)
@@ -112,9 +117,9 @@ class KafkaReceiver(Receiver):
             return
         await self._shared.cluster.refresh(None)
         await self._shared.registry.refresh()
-        tps = self._tps()
+        tps, ids = self._tps(), self._shared.cluster.ids
         ends = await self._shared.cluster.offsets(dict.fromkeys(tps, LATEST))
-        self._hold({tp: Progress(ends.get(tp, 0)) for tp in tps})
+        self._hold({tp: Progress(ends.get(tp, 0), topic_id=ids.get(tp[0])) for tp in tps})
         await self._shared.presence.enter(self, self.subscription)  # last: what is accepted for us now comes
 
     async def _until_joined(self) -> None:
@@ -149,10 +154,13 @@ class KafkaReceiver(Receiver):
             wanted[self._shared.names.retry(self.subscription.name)] = None
         return wanted
 
+    def _there(self) -> There:
+        topics, ids = self._shared.cluster.topics, self._shared.cluster.ids
+        return {name: (len(topics[name]), ids.get(name)) for name in self._wanted() if name in topics}
+
     def _tps(self) -> list[TP]:
-        topics = self._shared.cluster.topics
-        self._joined = {name: len(topics[name]) for name in self._wanted() if name in topics}
-        return [(name, number) for name, count in self._joined.items() for number in range(count)]
+        self._joined = self._there()
+        return [(name, number) for name, (count, _) in self._joined.items() for number in range(count)]
 
     def look(self) -> None:
         """Topics, or what the registry holds, may have changed."""
@@ -163,8 +171,7 @@ class KafkaReceiver(Receiver):
         if seen == self._seen:
             return
         self._seen = seen
-        topics = self._shared.cluster.topics
-        wanted = {name: len(topics[name]) for name in self._wanted() if name in topics}
+        wanted = self._there()
         if self._group is None:
             if wanted != self._joined:
                 self._follow()
@@ -175,10 +182,21 @@ class KafkaReceiver(Receiver):
 
     def _follow(self) -> None:
         """Without a group: topics that are new are ours from their beginning, those gone are forgotten."""
-        starts = {tp: Progress(0) for tp in self._tps()}
-        for tp in self._partitions.keys() - starts.keys():
-            self._out -= self._partitions.pop(tp).forget()
+        before = self._joined
+        tps, ids = self._tps(), self._shared.cluster.ids
+        starts = {tp: Progress(0, topic_id=ids.get(tp[0])) for tp in tps}
+        for tp, partition in list(self._partitions.items()):
+            id = ids.get(tp[0])
+            back = before.get(tp[0]) == GONE and (id is None or partition.topic_id is None)
+            if tp not in starts or back or not same(partition.topic_id, id):
+                self._out -= self._partitions.pop(tp).forget()
         self._hold({tp: start for tp, start in starts.items() if tp not in self._partitions})
+
+    def _lost(self, names: Collection[str]) -> None:
+        """Nothing is read of these any more: `look` has to, whether they are there again by then or not."""
+        for name in names:
+            self._joined[name] = GONE
+        self._seen = None
 
     # -- Owner: what the membership tells ---------------------------------------------------------
 

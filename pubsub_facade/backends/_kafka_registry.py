@@ -14,13 +14,14 @@ import math
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from pubsub_facade.backends._kafka_cluster import LATEST, Cluster
 from pubsub_facade.backends._kafka_fetch import read
 from pubsub_facade.backends._kafka_producer import Producer
 from pubsub_facade.backends._kafka_records import TP, Outgoing
+from pubsub_facade.backends._kafka_wire import same
 from pubsub_facade.subscription import Definition, Era
 
 SUBSCRIPTION: Final = "sub:"
@@ -38,23 +39,25 @@ class Ends:
     Arguments:
         at: seconds since the epoch.
         offsets: partitions that were not empty.
+        ids: Kafka topic -> its id, of these; those made anew since have others.
     """
 
     at: float
     offsets: dict[TP, int]
+    ids: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> list[Any]:
         topics: dict[str, dict[str, int]] = {}
         for (topic, number), offset in self.offsets.items():
             topics.setdefault(topic, {})[str(number)] = offset
-        return [self.at, topics]
+        return [self.at, topics, {topic: id for topic, id in self.ids.items() if topic in topics}]
 
     @classmethod
     def from_json(cls, data: list[Any]) -> Ends:
         offsets = {
             (topic, int(number)): int(at) for topic, ends in data[1].items() for number, at in ends.items()
         }
-        return cls(float(data[0]), offsets)
+        return cls(float(data[0]), offsets, dict(data[2]) if len(data) > 2 else {})
 
 
 @dataclass(frozen=True)
@@ -183,6 +186,7 @@ class Registry:
         self._tp: TP = (topic, 0)
         self._held: dict[str, _Held] = {}
         self._next = 0
+        self._id: str | None = None  # of the topic that was read up to there
         self._refreshing = asyncio.Lock()
         self._listeners: dict[object, Callable[[], None]] = {}
 
@@ -220,9 +224,11 @@ class Registry:
             if self._tp[0] not in self._cluster.topics:
                 self._reset()
                 return
+        id = self._cluster.ids.get(self._tp[0])
         end = (await self._cluster.offsets({self._tp: LATEST})).get(self._tp, 0)
-        if end < self._next:
+        if end < self._next or not same(id, self._id):
             self._reset()  # made anew
+        self._id = id
         news = False
         async for record in read(self._cluster, self._tp, self._next, end):
             if record.offset >= self._next:

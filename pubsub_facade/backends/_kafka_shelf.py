@@ -20,6 +20,7 @@ from pubsub_facade.backends._kafka_partition import Partition
 from pubsub_facade.backends._kafka_producer import Producer
 from pubsub_facade.backends._kafka_records import TP, Outgoing, again, decode
 from pubsub_facade.backends._kafka_retry import SLACK, place, ready_at
+from pubsub_facade.backends._kafka_wire import same
 from pubsub_facade.errors import ConnectionLost, PubSubError
 
 log = logging.getLogger("pubsub_facade")
@@ -108,6 +109,8 @@ class Shelf:
             mark = next(iter(partition.open), partition.position)
             if partition.tp[0] != self._topic or mark - partition.purged < PURGE_EVERY:
                 continue
+            if not same(partition.topic_id, self._cluster.ids.get(self._topic)):
+                continue  # nothing of this is handled in the topic that has the name now
             partition.purged = mark
             request = DeleteRecordsRequest([(self._topic, [(partition.tp[1], mark)])], 5000)
             try:

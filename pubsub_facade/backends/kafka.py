@@ -19,7 +19,6 @@ from datetime import datetime
 from typing import Final
 
 from aiokafka.protocol.admin import DeleteGroupsRequest
-from aiokafka.protocol.metadata import MetadataRequest
 
 from pubsub_facade.backends import _kafka_fetch as fetching
 from pubsub_facade.backends._kafka_cluster import (
@@ -45,6 +44,7 @@ from pubsub_facade.backends._kafka_registry import Ends, Entry, Move, Registry
 from pubsub_facade.backends._kafka_shared import Shared
 from pubsub_facade.backends._kafka_shelf import Shelf
 from pubsub_facade.backends._kafka_topics import Spec, Topics
+from pubsub_facade.backends._kafka_wire import Metadata
 from pubsub_facade.backends._required import send_wanted
 from pubsub_facade.backends.base import Backend, Backlog, Capabilities, Finding, Position, Receiver
 from pubsub_facade.errors import (
@@ -150,7 +150,7 @@ class KafkaBackend(Backend):
             await shared.cluster.close()
 
     async def ping(self) -> None:
-        await self._open.cluster.call_any(MetadataRequest([], False))
+        await self._open.cluster.call_any(Metadata(()))
 
     @property
     def _open(self) -> Shared:
@@ -305,7 +305,7 @@ class KafkaBackend(Backend):
                 for tp, offset in ends.offsets.items()
                 if tp[0] != retry and not kept.matches(self._topic_of(tp))
             }
-            return replace(before, definition=definition).pinned(Ends(ends.at, added))
+            return replace(before, definition=definition).pinned(Ends(ends.at, added, ends.ids))
 
         await registry.change(subscription.name, change)
         self._look()
@@ -319,8 +319,12 @@ class KafkaBackend(Backend):
         await shared.cluster.refresh(None)
         names = [*shared.topics.matching(PatternSet(patterns)), *more]
         tps = [(name, number) for name in names for number in range(len(shared.cluster.topics.get(name, ())))]
+        ids = (
+            shared.cluster.ids
+        )  # from before the offsets: a topic made anew in between counts from its beginning
         found = await shared.cluster.offsets(dict.fromkeys(tps, LATEST))
-        return Ends(time.time(), {tp: offset for tp, offset in found.items() if offset > 0})
+        offsets = {tp: offset for tp, offset in found.items() if offset > 0}
+        return Ends(time.time(), offsets, {name: ids[name] for name, _ in offsets if name in ids})
 
     async def delete(self, subscription: str) -> None:
         shared = self._open

@@ -34,8 +34,8 @@ class FakeCluster:
 
 async def test_a_leader_that_somebody_else_learned_of_is_read_from() -> None:
     cluster = FakeCluster({("t", 0): 1})
-    partition = SimpleNamespace(tp=("t", 0), hungry=True, fetch_from=0, held=False)
-    fetcher = Fetcher(cast(Cluster, cluster), ("fetch", 1), lambda _: None, lambda _: None)
+    partition = SimpleNamespace(tp=("t", 0), topic_id=None, hungry=True, fetch_from=0, held=False)
+    fetcher = Fetcher(cast(Cluster, cluster), ("fetch", 1), lambda _: None, lambda _: None, lambda _: None)
     fetcher.assign([cast(Partition, partition)])
     try:
         async with asyncio.timeout(5):

@@ -34,6 +34,7 @@ class Log:
 
     def __init__(self) -> None:
         self.topics = {TOPIC: [0]}
+        self.ids: dict[str, str] = {}
         self.records: list[Any] = []
         self.stores = 0
         self.asked = 0  # how often somebody wanted to know where it ends
