@@ -373,6 +373,22 @@ MUTATIONS: Final = (
         "the_mark_is_below_all_that_is_open",
         "tests/unit/test_acks.py",
     ),
+    Mutation(
+        "what was committed of a Kafka topic says nothing of one that was made again under its name",
+        "backends/_kafka_pins.py",
+        "for tp, known in found.items() if same(known.topic_id, ids.get(tp[0]))}",
+        "for tp, known in found.items()}",
+        "a_commit_or_pin_of_another_topic_says_nothing",
+        "tests/unit/test_kafka_wire.py",
+    ),
+    Mutation(
+        "a Kafka topic goes by its id in a fetch",
+        "backends/_kafka_fetch.py",
+        "[1] < FETCH_IDS:",
+        "[1] < 99:",
+        "a_broker_is_asked_for_what_it_knows",
+        "tests/unit/test_kafka_wire.py",
+    ),
 )
 
 

@@ -92,12 +92,10 @@ async def queue_on_artemis(world: World, pubsub: AsyncPubSub) -> None:
     )
 
 
-# `topic_on_kafka` is not among them: of a topic that is deleted and made again at once, a member may skip as many
-# messages as it had read of the old one, because nothing that this protocol tells it says that it is another.
 DELETIONS: Final[dict[str, tuple[Deletion, ...]]] = {
     "sqlite": (subscription_by_the_facade,),
     "rabbitmq": (queue_on_rabbitmq, subscription_by_the_facade),
-    "kafka": (subscription_by_the_facade,),
+    "kafka": (topic_on_kafka, subscription_by_the_facade),
     "activemq": (topic_on_classic, retries_on_classic),
     "activemq-virtual": (queue_on_classic, retries_on_classic, subscription_by_the_facade),
     "artemis": (queue_on_artemis, subscription_by_the_facade),
