@@ -8,6 +8,7 @@ twice, nothing computed before somebody asks.
 from __future__ import annotations
 
 import os
+import random
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -295,6 +296,10 @@ def check_headers(headers: Mapping[str, HeaderValue]) -> None:
 
 _last_ms = 0
 _sequence = 0
+_random = (
+    random.Random()
+)  # ours: nobody else seeds it; and no system call a message, where threads change places
+os.register_at_fork(after_in_child=_random.seed)
 
 
 def new_id(now: float | None = None) -> str:
@@ -305,10 +310,10 @@ def new_id(now: float | None = None) -> str:
     """
     global _last_ms, _sequence
     ms = int((time.time() if now is None else now) * 1000)
-    random = int.from_bytes(os.urandom(8), "big")
+    chance = _random.getrandbits(62)
     if ms > _last_ms:
         _last_ms = ms
-        _sequence = random & 0x7FF
+        _sequence = chance & 0x7FF
     else:
         ms = _last_ms
         _sequence += 1
@@ -316,5 +321,5 @@ def new_id(now: float | None = None) -> str:
             _sequence = 0
             _last_ms = ms = ms + 1
     sequence = _sequence & 0xFFF
-    text = f"{ms:012x}7{sequence:03x}{0x8000000000000000 | (random & 0x3FFFFFFFFFFFFFFF):016x}"
+    text = f"{ms:012x}7{sequence:03x}{0x8000000000000000 | chance:016x}"
     return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"

@@ -1,9 +1,9 @@
 """Confirmed publishing: a window of unconfirmed messages, resent after a lost link, bounded by a timeout.
 
-What queued while the last batch was under way is the next batch: no timer, no task per message. One pump
-task hands batches to `Backend.send` in order; when the link is lost everything unconfirmed goes back to
-the front of the line, with the same ids and in the old order. A message is never called sent before the
-broker confirmed it, and never called unsent once it may have left.
+What queued while the last batch was under way is the next batch: no timer, no task per message. Batches go to
+the backend in order, at once where it can begin without waiting, else by a pump task. When the link is lost
+everything unconfirmed goes back to the front of the line, with the same ids and in the old order. A message is
+never called sent before the broker confirmed it, and never called unsent once it may have left.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Final
 
 from pubsub_facade.backends.base import Backend
@@ -86,6 +86,8 @@ class Publisher:
         self._expiry: asyncio.TimerHandle | None = None
         self._expires = 0.0
         self._closing = False
+        self._finished: asyncio.Future[None] | None = None  # done when nobody waits any more; made by `close`
+        self._launching = False  # `launch` will be called in this turn of the loop
         self._loop = asyncio.get_running_loop()
 
     def submit(self, messages: Sequence[Message], timeout: float, done: Done) -> None:
@@ -96,6 +98,15 @@ class Publisher:
             timeout: seconds until PublishTimeout.
             done: must not raise.
         """
+        self.enqueue(messages, timeout, done)
+        if self._supervisor.backend.pipeline == 1:
+            self.launch()
+        elif not self._launching:  # once this turn of the loop is over, with all that it brings
+            self._launching = True
+            self._loop.call_soon(self.launch)
+
+    def enqueue(self, messages: Sequence[Message], timeout: float, done: Done) -> None:
+        """`submit` for who calls `launch` himself once several are in line."""
         if self._closing:
             done(Closed("this client is closed: nothing was sent; make a new one"))
             return
@@ -107,9 +118,20 @@ class Publisher:
         self._pending.append(publication)
         if self._expiry is None or deadline < self._expires:
             self._arm(deadline)
-        if self._pump is None or self._pump.done():
-            self._pump = self._loop.create_task(self._run(), name="pubsub-publisher")
-        self._wake.set()
+
+    def launch(self) -> None:
+        """Begin what is in line: at once where nothing has to be waited for, else by the pump."""
+        self._launching = False
+        if self._closing and not self._pending:
+            return
+        backend = self._supervisor.backend
+        if backend.pipeline > 1 and self._supervisor.state == "connected" and not self._returned:
+            while self._line and len(self._flying) < backend.pipeline:
+                self._begin(backend)
+        elif self._line or self._returned:
+            if self._pump is None or self._pump.done():
+                self._pump = self._loop.create_task(self._run(), name="pubsub-publisher")
+            self._wake.set()
 
     async def publish(self, messages: Sequence[Message], timeout: float) -> None:
         """`submit` and wait. Cancelling the wait does not take the messages back: their fate is unknown."""
@@ -129,12 +151,9 @@ class Publisher:
     async def close(self, grace: float) -> None:
         """Wait up to ``grace`` seconds for what is in line, then fail what is left with Closed."""
         self._closing = True
-        end = self._loop.time() + grace
-        while self._pending and self._loop.time() < end:
-            waiting = [task for task in (self._pump, *self._sends) if task is not None and not task.done()]
-            if not waiting:
-                break
-            await asyncio.wait(waiting, timeout=min(0.05, max(0.0, end - self._loop.time())))
+        if self._pending:
+            self._finished = self._loop.create_future()
+            await asyncio.wait([self._finished], timeout=grace)
         for publication in list(self._pending):
             self._give_up(publication, Closed("the client was closed before the broker confirmed"))
         for task in (self._pump, *self._sends):
@@ -148,6 +167,7 @@ class Publisher:
     # -- the pump ---------------------------------------------------------------------------------
 
     async def _run(self) -> None:
+        """For what has to be waited for: a link, the end of a lost one, a backend that takes one batch at a time."""
         while True:
             self._wake.clear()
             if self._line or self._returned:
@@ -159,24 +179,48 @@ class Publisher:
                 except Exception as error:
                     self._fail_all(self._fault(error))
                     continue
-                while self._line and len(self._flying) < backend.pipeline and not self._returned:
-                    await self._launch(backend)
-                if self._returned and not self._flying:
-                    self._requeue()
-                    continue
+                if self._returned:
+                    if not self._flying and not self._sends:
+                        self._requeue()
+                        continue
+                elif backend.pipeline > 1:
+                    self.launch()
+                else:
+                    while self._line and not self._returned:
+                        batch = self._next_batch()
+                        if batch.messages:
+                            self._flying[batch.sequence] = batch
+                            await self._send(backend, batch)
+                    if self._returned:
+                        continue
             await self._wake.wait()
 
-    async def _launch(self, backend: Backend) -> None:
+    def _begin(self, backend: Backend) -> None:
+        """Hand the next batch over; by a task where the backend has to wait before it can."""
         batch = self._next_batch()
         if not batch.messages:
             return
         self._flying[batch.sequence] = batch
-        if backend.pipeline == 1:
-            await self._send(backend, batch)
+        epoch = self._supervisor.epoch
+        try:
+            # One that still waits in a task must not be overtaken.
+            future = None if self._sends else backend.begin(batch.messages)
+        except Exception as error:
+            self._loop.call_soon(self._landed, batch, epoch, error)
             return
-        task = self._loop.create_task(self._send(backend, batch), name="pubsub-send")
+        if future is None:
+            self._follow(self._send(backend, batch))
+        else:
+            future.add_done_callback(lambda future: self._landed(batch, epoch, future.exception()))
+
+    def _follow(self, work: Coroutine[None, None, None]) -> None:
+        task = self._loop.create_task(work, name="pubsub-send")
         self._sends.add(task)
-        task.add_done_callback(self._sends.discard)
+        task.add_done_callback(self._followed)
+
+    def _followed(self, task: asyncio.Task[None]) -> None:
+        self._sends.discard(task)
+        self.launch()
 
     def _next_batch(self) -> _Batch:
         self._sequence += 1
@@ -199,30 +243,41 @@ class Publisher:
         epoch = self._supervisor.epoch
         try:
             await backend.send(batch.messages)
-        except ConnectionLost as error:
-            batch.error = error
-            self._returned.append(batch)
-            del self._flying[batch.sequence]
-            await self._supervisor.lost(epoch, error)
-        except SendFailed as error:
-            del self._flying[batch.sequence]
-            self._settle(batch, error)
         except asyncio.CancelledError:
             self._flying.pop(batch.sequence, None)
             raise
         except Exception as error:
+            self._take_outcome(batch, error)
+            if isinstance(error, ConnectionLost):
+                await self._supervisor.lost(epoch, error)
+        else:
+            self._take_outcome(batch, None)
+
+    def _landed(self, batch: _Batch, epoch: int, error: BaseException | None) -> None:
+        """What became of a batch that was begun without a task."""
+        self._take_outcome(batch, error)
+        if self._closing and not self._pending:
+            return
+        if isinstance(error, ConnectionLost):
+            self._follow(self._supervisor.lost(epoch, error))
+        else:
+            self.launch()
+
+    def _take_outcome(self, batch: _Batch, error: BaseException | None) -> None:
+        del self._flying[batch.sequence]
+        if error is None or isinstance(error, SendFailed):
+            self._settle(batch, error)
+        elif isinstance(error, ConnectionLost):
+            batch.error = error
+            self._returned.append(batch)
+        else:
             # Refused as a whole, by the broker or by a fault in the driver: it may have left, so it is unknown.
-            del self._flying[batch.sequence]
             failed = SendFailed(
-                f"{backend.name}: {len(batch.messages)} messages not confirmed: {error}",
+                f"{self._supervisor.backend.name}: {len(batch.messages)} messages not confirmed: {error}",
                 {message.id: "unknown" for message in batch.messages},
             )
             failed.__cause__ = error
             self._settle(batch, failed)
-        else:
-            del self._flying[batch.sequence]
-            self._settle(batch, None)
-        self._wake.set()
 
     def _requeue(self) -> None:
         """Everything unconfirmed goes to the front of the line again, in the old order."""
@@ -231,7 +286,6 @@ class Publisher:
                 entry[1].why = batch.error
                 self._line.appendleft(entry)
         self._returned.clear()
-        self._wake.set()
 
     # -- outcomes ---------------------------------------------------------------------------------
 
@@ -262,6 +316,8 @@ class Publisher:
             pending.popleft()
             while pending and pending[0].finished:
                 pending.popleft()
+            if not pending and self._finished is not None and not self._finished.done():
+                self._finished.set_result(None)
         publication.done(error)
 
     def _fail_all(self, error: PubSubError) -> None:

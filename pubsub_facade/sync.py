@@ -109,12 +109,18 @@ class _LoopThread:
     def _drain(self) -> None:
         self._awake = False
         line = self._line
+        publishers = set()
         while line:
             client, messages, timeout, done = line.popleft()
             try:
-                client.publisher().submit(messages, timeout, done)
+                publisher = client.publisher()
             except PubSubError as error:
                 done(error)
+            else:
+                publisher.enqueue(messages, timeout, done)
+                publishers.add(publisher)
+        for publisher in publishers:
+            publisher.launch()
 
     def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine on the loop and wait for its result; a KeyboardInterrupt here cancels it there."""

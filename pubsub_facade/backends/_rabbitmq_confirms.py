@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -44,9 +44,12 @@ class Outgoing:
 class _Group:
     """What one call wrote: tags ``first`` to ``last``."""
 
-    __slots__ = ("done", "first", "last", "messages", "refused", "singles", "upto")
+    __slots__ = ("done", "first", "judge", "last", "messages", "refused", "singles", "upto")
 
-    def __init__(self, first: int, messages: Sequence[Outgoing], done: asyncio.Future[Outcome]) -> None:
+    def __init__(
+        self, first: int, messages: Sequence[Outgoing], done: asyncio.Future[Outcome], judge: Judge | None
+    ) -> None:
+        self.judge = judge
         self.first = first
         self.last = first + len(messages) - 1
         self.messages = messages
@@ -78,11 +81,13 @@ class Outcome:
     """What became of a group: the rest of it is stored.
 
     Arguments:
+        count: messages of the group.
         returned: ids that no queue would get: certainly not stored.
         refused: ids that a queue refused; another may have stored them.
         refusing: the routing keys of those.
     """
 
+    count: int
     returned: list[str] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
     refusing: set[str] = field(default_factory=set)
@@ -93,6 +98,10 @@ class Outcome:
         fates: dict[str, Fate] = dict.fromkeys(self.refused, "unknown")
         fates.update(dict.fromkeys(self.returned, "not stored"))
         return fates
+
+
+Judge = Callable[[Outcome], PubSubError | None]
+"""Which error an outcome is for who wrote; None: it is none."""
 
 
 class Confirms:
@@ -125,8 +134,12 @@ class Confirms:
         """Why it is dead; None while it works."""
         return self._channel.error
 
-    def write(self, messages: Sequence[Outgoing]) -> asyncio.Future[Outcome]:
-        """Send messages, in order; the future has their outcome, or ConnectionLost. At least one message."""
+    def write(self, messages: Sequence[Outgoing], judge: Judge | None = None) -> asyncio.Future[Outcome]:
+        """Send messages, in order; the future has their outcome, or ConnectionLost. At least one message.
+
+        Arguments:
+            judge: says which outcome is an error of the future.
+        """
         future: asyncio.Future[Outcome] = self._loop.create_future()
         if self._channel.error is not None:
             future.set_exception(_lost(self._channel.error))
@@ -138,7 +151,7 @@ class Confirms:
         for message in messages:
             data.append(self._method(message))
             data += frames.publish_content(number, message.properties, message.body, limit)
-        self._groups.append(_Group(self._next, messages, future))
+        self._groups.append(_Group(self._next, messages, future, judge))
         self._next += len(messages)
         self._link.write(data)
         return future
@@ -183,13 +196,18 @@ class Confirms:
         return
 
     def _finish(self, group: _Group) -> None:
-        outcome = Outcome(refused=[message.id for message in group.refused])
+        outcome = Outcome(len(group.messages), refused=[message.id for message in group.refused])
         outcome.refusing = {message.routing_key for message in group.refused}
         if self._returned:
             outcome.returned = [message.id for message in group.messages if message.id in self._returned]
             self._returned.difference_update(outcome.returned)
-        if not group.done.done():
+        if group.done.done():
+            return
+        error = group.judge(outcome) if group.judge is not None else None
+        if error is None:
             group.done.set_result(outcome)
+        else:
+            group.done.set_exception(error)
 
     def _waiting(self) -> float | None:
         """Since when nothing was confirmed: a broker that is busy confirms some."""

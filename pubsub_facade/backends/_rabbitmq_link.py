@@ -19,6 +19,7 @@ import pika
 from pika import exceptions, frame
 from pika.adapters.asyncio_connection import AsyncioConnection
 from pika.adapters.utils import connection_workflow
+from pika.adapters.utils.io_services_utils import _AsyncPlaintextTransport as AsyncPlaintextTransport
 
 from pubsub_facade.address import Address, Tls, show_host
 from pubsub_facade.backends import _rabbitmq_frames as frames
@@ -110,6 +111,7 @@ class Link(AsyncioConnection):  # type: ignore[misc] # pika has no types
     def _on_opened(self, opened: asyncio.Future[Link]) -> None:
         with contextlib.suppress(AttributeError):  # only speed is lost where pika names it otherwise
             self._transport._MAX_RECV_BYTES = RECEIVE_BYTES
+            self._transport._MAX_CONSUME_BYTES = 1  # one read a turn, and none that finds nothing
         self.add_on_connection_blocked_callback(lambda *_: self._block(True))
         self.add_on_connection_unblocked_callback(lambda *_: self._block(False))
         self._arm()
@@ -214,7 +216,21 @@ class Link(AsyncioConnection):  # type: ignore[misc] # pika has no types
             data = b"".join(self._outgoing)
             self._outgoing.clear()
             if self._transport is not None:
-                self._transport.write(data)
+                data = self._send_now(data)
+                if data:
+                    self._transport.write(data)
+
+    def _send_now(self, data: bytes) -> bytes:
+        """What of ``data`` the socket did not take at once: pika waits for it first, two system calls and a turn."""
+        transport = self._transport
+        try:
+            if type(transport) is not AsyncPlaintextTransport or transport._tx_buffers:
+                return data
+            if transport._state != transport._STATE_ACTIVE:
+                return data
+            return data[transport._sock.send(data) :]
+        except (OSError, AttributeError):  # full, or at its end: pika's to tell
+            return data
 
     def _on_data_available(self, data_in: bytes) -> None:
         self.heard = self._facade_loop.time()

@@ -209,6 +209,13 @@ class Backend(ABC):
         ``message.delay`` is 0 unless the capability is there.
         """
 
+    def begin(self, messages: Sequence[Message]) -> asyncio.Future[Any] | None:
+        """As `send`, without waiting: a future that is done when the broker has confirmed, or has `send`'s error.
+
+        None: something has to be waited for first, so it must be `send`. Only asked of who has a `pipeline`.
+        """
+        return None
+
     @abstractmethod
     async def resend(self, subscription: str, messages: Sequence[Message]) -> None:
         """Store messages for this one subscription only (a replay of dead letters). Errors as in `send`."""

@@ -248,18 +248,24 @@ class RabbitmqBackend(Backend):
     # -- publish ----------------------------------------------------------------------------------
 
     async def send(self, messages: Sequence[Message]) -> None:
-        sends = self._sends
-        delayed = any(message.delay for message in messages)
-        if delayed or self._turn.locked() or sends is None or sends.error is not None:
+        future = self.begin(messages)
+        if future is None:
             async with self._turn:
                 sends = await self._able_to_send()
+                delayed = any(message.delay for message in messages)
                 exchanges = await self._delays(messages) if delayed else {}
-                future = sends.write([self._outgoing(message, exchanges) for message in messages])
-        else:
-            future = sends.write([self._outgoing(message, {}) for message in messages])
-        outcome = await future
-        if outcome.returned or outcome.refused:
-            self._raise_failed(outcome, len(messages))
+                future = sends.write(
+                    [self._outgoing(message, exchanges) for message in messages], self._failure
+                )
+        await future
+
+    def begin(self, messages: Sequence[Message]) -> asyncio.Future[Outcome] | None:
+        sends = self._sends
+        if sends is None or sends.error is not None or self._turn.locked():
+            return None
+        if any(message.delay for message in messages):
+            return None
+        return sends.write([self._outgoing(message, {}) for message in messages], self._failure)
 
     async def _able_to_send(self) -> Confirms:
         """The channel for publishing; anew where the broker closed the last one over a right since granted."""
@@ -290,7 +296,9 @@ class RabbitmqBackend(Backend):
             mandatory=self.settings.require_subscribers,
         )
 
-    def _raise_failed(self, outcome: Outcome, count: int) -> None:
+    def _failure(self, outcome: Outcome) -> SendFailed | None:
+        if not outcome.returned and not outcome.refused:
+            return None
         reasons = []
         if outcome.returned:
             reasons.append(f"{len(outcome.returned)} have no subscription (require_subscribers is set)")
@@ -300,7 +308,7 @@ class RabbitmqBackend(Backend):
             reasons.append(
                 f"{len(outcome.refused)} were refused by a queue: is it full, or without its quorum?"
             )
-        raise SendFailed(f"rabbitmq: of {count} messages {' and '.join(reasons)}", outcome.fates)
+        return SendFailed(f"rabbitmq: of {outcome.count} messages {' and '.join(reasons)}", outcome.fates)
 
     async def resend(self, subscription: str, messages: Sequence[Message]) -> None:
         topology = await self._consuming()

@@ -28,8 +28,9 @@ class Broker:
 
     name = "fake"
 
-    def __init__(self, pipeline: int = 1) -> None:
+    def __init__(self, pipeline: int = 1, *, begins: bool = False) -> None:
         self.pipeline = pipeline
+        self.begins = begins
         self.stored: list[str] = []
         self.batches: list[list[str]] = []
         self.steps: list[Step] = []
@@ -42,6 +43,9 @@ class Broker:
 
     async def close(self) -> None: ...
 
+    def begin(self, messages: Sequence[Message]) -> asyncio.Future[None] | None:
+        return asyncio.ensure_future(self.send(messages)) if self.begins else None
+
     async def send(self, messages: Sequence[Message]) -> None:
         ids = [message.id for message in messages]
         self.batches.append(ids)
@@ -53,8 +57,8 @@ class Broker:
 
 
 class Bench:
-    def __init__(self, pipeline: int = 1) -> None:
-        self.broker = Broker(pipeline)
+    def __init__(self, pipeline: int = 1, *, begins: bool = False) -> None:
+        self.broker = Broker(pipeline, begins=begins)
         backend: Any = self.broker
         self.supervisor = Supervisor(backend, 0.01, 0.05)
         self.publisher = Publisher(self.supervisor)
@@ -66,8 +70,20 @@ class Bench:
         return asyncio.create_task(self.publisher.publish(messages, timeout))
 
 
+@pytest.fixture(
+    params=[(1, False), (4, False), (4, True)], ids=["one at a time", "several, by tasks", "several, begun"]
+)
+async def bench(request: pytest.FixtureRequest) -> AsyncIterator[Bench]:
+    pipeline, begins = request.param
+    bench = Bench(pipeline, begins=begins)
+    yield bench
+    await bench.publisher.close(0)
+    await bench.supervisor.close()
+
+
 @pytest.fixture
-async def bench() -> AsyncIterator[Bench]:
+async def single() -> AsyncIterator[Bench]:
+    """With a broker that takes one batch at a time: what comes meanwhile waits in line."""
     bench = Bench()
     yield bench
     await bench.publisher.close(0)
@@ -85,17 +101,17 @@ def gated(gate: asyncio.Event) -> Step:
     return lambda messages: gate.wait()
 
 
-async def test_what_queued_while_a_batch_was_under_way_is_the_next_batch(bench: Bench) -> None:
+async def test_what_queued_while_a_batch_was_under_way_is_the_next_batch(single: Bench) -> None:
     gate = asyncio.Event()
-    bench.broker.steps.append(gated(gate))
-    first = bench.publish("first")
-    while not bench.broker.batches:  # noqa: ASYNC110 - until the pump has taken it
+    single.broker.steps.append(gated(gate))
+    first = single.publish("first")
+    while not single.broker.batches:  # noqa: ASYNC110 - until the pump has taken it
         await asyncio.sleep(0)
-    others = [bench.publish(f"id-{n}") for n in range(50)]
+    others = [single.publish(f"id-{n}") for n in range(50)]
     await asyncio.sleep(0)
     gate.set()
     await asyncio.gather(first, *others)
-    assert bench.broker.batches == [["first"], [f"id-{n}" for n in range(50)]]
+    assert single.broker.batches == [["first"], [f"id-{n}" for n in range(50)]]
 
 
 async def test_batches_are_bounded_in_count_and_bytes(bench: Bench) -> None:
@@ -225,13 +241,13 @@ async def test_a_timeout_while_the_broker_is_away_says_certainly_not_stored(benc
     assert bench.broker.stored == ["c"], "what was given up was sent all the same"
 
 
-async def test_a_timeout_without_a_confirm_says_unknown(bench: Bench) -> None:
+async def test_a_timeout_without_a_confirm_says_unknown(single: Bench) -> None:
     gate = asyncio.Event()
-    bench.broker.steps.append(gated(gate))
-    slow = bench.publish("a", timeout=0.1)
-    while not bench.broker.batches:  # noqa: ASYNC110
+    single.broker.steps.append(gated(gate))
+    slow = single.publish("a", timeout=0.1)
+    while not single.broker.batches:  # noqa: ASYNC110
         await asyncio.sleep(0)
-    behind = bench.publish("b", timeout=0.05)
+    behind = single.publish("b", timeout=0.05)
     with pytest.raises(PublishTimeout) as caught:
         await behind
     assert caught.value.fates == {"b": "not stored"}
@@ -239,8 +255,8 @@ async def test_a_timeout_without_a_confirm_says_unknown(bench: Bench) -> None:
         await slow
     assert caught.value.fates == {"a": "unknown"}
     gate.set()
-    await bench.publish("c")
-    assert bench.broker.stored == ["a", "c"]
+    await single.publish("c")
+    assert single.broker.stored == ["a", "c"]
 
 
 async def test_each_publish_has_a_timeout_of_its_own(bench: Bench) -> None:
@@ -292,14 +308,14 @@ async def test_close_waits_for_what_is_in_line_and_refuses_what_comes_later(benc
     assert bench.broker.stored == ["a"]
 
 
-async def test_what_close_cannot_wait_for_is_told_with_its_fate(bench: Bench) -> None:
-    bench.broker.steps.append(gated(asyncio.Event()))
-    sent = bench.publish("sent")
-    while not bench.broker.batches:  # noqa: ASYNC110
+async def test_what_close_cannot_wait_for_is_told_with_its_fate(single: Bench) -> None:
+    single.broker.steps.append(gated(asyncio.Event()))
+    sent = single.publish("sent")
+    while not single.broker.batches:  # noqa: ASYNC110
         await asyncio.sleep(0)
-    unsent = bench.publish("unsent")
+    unsent = single.publish("unsent")
     await asyncio.sleep(0)
-    await asyncio.wait_for(bench.publisher.close(0.05), 5)
+    await asyncio.wait_for(single.publisher.close(0.05), 5)
     with pytest.raises(SendFailed) as caught:
         await sent
     assert caught.value.fates == {"sent": "unknown"}
@@ -313,3 +329,50 @@ async def test_a_driver_that_cannot_open_for_a_reason_of_its_own_is_told(bench: 
         await bench.publish("a", timeout=0.3)
     await bench.publish("b")
     assert bench.broker.stored == ["b"]
+
+
+async def test_what_a_driver_cannot_begin_fails_and_holds_up_nobody() -> None:
+    bench = Bench(pipeline=3, begins=True)
+    begin = bench.broker.begin
+
+    def faulty(messages: Sequence[Message]) -> asyncio.Future[None] | None:
+        if messages[0].id == "bad":
+            raise RuntimeError("a fault in the driver")
+        return begin(messages)
+
+    bench.broker.begin = faulty  # type: ignore[method-assign]
+    await bench.publish("a")
+    with pytest.raises(SendFailed, match="a fault in the driver") as caught:
+        await bench.publish("bad")
+    assert caught.value.fates == {"bad": "unknown"}
+    await bench.publish("b")
+    assert bench.broker.stored == ["a", "b"]
+    await bench.publisher.close(0)
+    await bench.supervisor.close()
+
+
+async def test_what_is_begun_does_not_overtake_what_still_waits() -> None:
+    bench = Bench(pipeline=4, begins=True)
+    gate = asyncio.Event()
+    bench.broker.steps.append(gated(gate))
+    begin = bench.broker.begin
+    bench.broker.begin = lambda messages: None  # type: ignore[method-assign]
+    first = bench.publish("first")
+    while not bench.broker.batches:  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    begun: list[str] = []
+
+    def noted(messages: Sequence[Message]) -> asyncio.Future[None] | None:
+        begun.append(messages[0].id)
+        return begin(messages)
+
+    bench.broker.begin = noted  # type: ignore[method-assign]
+    second = bench.publish("second")
+    await asyncio.sleep(0.01)
+    assert not begun, "the second was begun while the first waited in a task"
+    gate.set()
+    await asyncio.gather(first, second)
+    await bench.publish("third")
+    assert begun == ["third"]
+    await bench.publisher.close(0)
+    await bench.supervisor.close()

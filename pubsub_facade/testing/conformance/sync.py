@@ -12,6 +12,7 @@ import pytest
 
 from pubsub_facade.errors import Closed, MessageError, SendFailed, TopicError
 from pubsub_facade.message import Delivery, Message
+from pubsub_facade.publisher import _Batch
 from pubsub_facade.testing.conformance._suite import DEADLINE, QUIET, SOON, Bench, Suite
 from pubsub_facade.testing.conformance.retry import ERRORS
 
@@ -69,15 +70,17 @@ class Sync(Suite):
     def test_threads_publish_at_once_and_share_confirms(self, bench: Bench) -> None:
         pubsub = bench.sync_client()
         pubsub.declare("social.#", subscription="analytics")
-        backend = pubsub._client._supervisor.backend
+        pubsub.publish("elsewhere", "so that there is a publisher")
+        publisher = pubsub._client.publisher()
         batches: list[int] = []
-        send = backend.send
+        next_batch = publisher._next_batch
 
-        async def counted(messages: list[Message]) -> None:
-            batches.append(len(messages))
-            await send(messages)
+        def counted() -> _Batch:
+            batch = next_batch()
+            batches.append(len(batch.messages))
+            return batch
 
-        backend.send = counted  # type: ignore[assignment, method-assign]
+        publisher._next_batch = counted  # type: ignore[method-assign]
         start = threading.Barrier(16)
 
         def publish(thread: int) -> list[str]:
