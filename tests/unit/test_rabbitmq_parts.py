@@ -27,7 +27,7 @@ def came_back(number: int, returns: int, queue: int = 0) -> frames.Content:
 
 def group(count: int) -> _Group:
     messages = [Outgoing(str(n), "", "q", b"", b"", False) for n in range(count)]
-    return _Group(11, messages, None)  # type: ignore[arg-type]
+    return _Group(11, messages, None, None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("seed", range(50))
