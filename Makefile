@@ -54,7 +54,7 @@ test-all: venv ## every test but those of clusters, on every broker in BROKERS
 test-stress: venv ## the conformance suite on each backend, three cases at once
 	BROKERS="$(BROKERS)" $(IN) -m brokers run "$(BROKERS)" -- $(IN) -m pytest -m conformance -n 3 $(PYTEST_ARGS)
 
-test-clusters: venv ## three RabbitMQ nodes, three Kafka brokers, a Classic pair: nodes come and go, one is away for a minute
+test-clusters: venv ## three RabbitMQ nodes, three Kafka brokers, a Classic pair: nodes come and go, or do not reach each other (as root)
 	AWAY=60 BROKERS="$(BROKERS)" $(IN) -m pytest tests/chaos/test_clusters.py $(PYTEST_ARGS)
 
 test-unit: venv ## the tests that need no broker

@@ -13,7 +13,7 @@ import logging
 import random
 import ssl
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, Final
 
 import aiokafka.errors as kafka_errors
@@ -23,7 +23,7 @@ from aiokafka.protocol.offset import OffsetRequest
 
 from pubsub_facade.address import host_port, show_host
 from pubsub_facade.backends._kafka_records import TP
-from pubsub_facade.backends._kafka_wire import Metadata, topics_of
+from pubsub_facade.backends._kafka_wire import METADATA_IDS, Metadata, topics_of
 from pubsub_facade.errors import AuthenticationFailed, ConnectionFailed, ConnectionLost
 from pubsub_facade.settings import KafkaSettings
 
@@ -39,6 +39,7 @@ READ: Final[Link] = ("read", 0)
 REQUEST_TIMEOUT: Final = 10.0  # seconds for an answer, where nothing else is said
 CLOSE_TIMEOUT: Final = 1.0  # seconds for the other side to see that we close
 ADMIN_TIMEOUT: Final = 30.0  # seconds for topics to be made or deleted
+DOUBT: Final = 30.0  # seconds in which a broker that is behind the others is asked after them
 IDLE: Final = 540_000  # ms; brokers close idle connections after 600,000
 EARLIEST: Final = -2
 LATEST: Final = -1
@@ -80,6 +81,9 @@ class Cluster:
         self._tls = _context(settings) if settings.tls.wanted else None
         self._bootstrap = [host_port(server, 9092) for server in settings.bootstrap_servers]
         self._brokers: dict[int, tuple[str, int]] = {}
+        self._epochs: dict[tuple[str, int], int] = {}  # by topic (its id, where there is one): of each leader
+        self._doubted: dict[int, float] = {}  # broker -> until when (time.monotonic())
+        self._asked = -1  # the broker that told us of leaders last
         self._controller = -1
         self._links: dict[tuple[int, Link], Any] = {}
         self._connecting: dict[tuple[int, Link], asyncio.Lock] = {}
@@ -191,8 +195,12 @@ class Cluster:
         raise ConnectionLost(f"kafka: no broker keeps group {group!r} (error {response.error_code})")
 
     def coordinator_moved(self, group: str) -> None:
-        """Ask again next time."""
-        self._coordinators.pop(group, None)
+        """Ask again next time, and others first: one that lost its cluster goes on to call itself coordinator."""
+        self.doubt(self._coordinators.pop(group, -1))
+
+    def doubt(self, node: int) -> None:
+        """This broker may be cut off from the others: for a while, ask it last who leads and coordinates."""
+        self._doubted[node] = time.monotonic() + DOUBT
 
     async def _connect(self, node: int, link: Link) -> Any:
         if self._closed:
@@ -249,11 +257,18 @@ class Cluster:
             raise
 
     def _nodes(self) -> list[int]:
-        """Known brokers, those with a live connection first."""
+        """Known brokers in the order to ask in: not the same one every time, and those with a live connection first.
+
+        A broker that is cut off from its cluster answers as before, for ever: nobody may go by it alone.
+        """
         nodes = list(self._brokers)
         random.shuffle(nodes)
+        now = time.monotonic()
         live = {node for (node, link), conn in self._links.items() if link == CONTROL and conn.connected()}
-        return sorted(nodes, key=lambda node: node not in live)
+        return sorted(
+            nodes,
+            key=lambda node: (self._doubted.get(node, 0.0) > now, node == self._asked, node not in live),
+        )
 
     def _name(self, node: int) -> str:
         address = self._brokers.get(node)
@@ -276,13 +291,31 @@ class Cluster:
             began = time.monotonic()
             request = Metadata(names)
             try:
-                response = await self.call_any(request)
+                response = await self._newest(request)
             except ConnectionLost:
                 await self._ask_bootstrap()
-                response = await self.call_any(request)
+                response = await self._newest(request)
             self._learn(response, names)
             if names is None:
                 self._refreshed = began
+
+    async def _newest(self, request: Any) -> Any:
+        """The answer of the first broker that knows of no older leaders than we do; the last one, where all do."""
+        response: Any = None
+        error: ConnectionLost | None = None
+        for node in self._nodes():
+            try:
+                response = await self.call(node, request)
+            except ConnectionLost as raised:
+                error = raised
+                continue
+            self._asked = node
+            if not any(epoch < self._epochs.get(key, epoch) for key, epoch in _epochs(response)):
+                return response
+            self.doubt(node)
+        if response is None:
+            raise error or ConnectionLost(f"kafka: no broker of {self} is known")
+        return response
 
     async def _ask_bootstrap(self) -> None:
         error: ConnectionLost | None = None
@@ -317,6 +350,8 @@ class Cluster:
                 id = id or self.ids.get(topic)  # in the midst of an upgrade some brokers tell none
                 if id is not None:
                     ids[topic] = id
+        epochs = dict(_epochs(response))
+        self._epochs = epochs if names is None else self._epochs | epochs
         topics = found
         if names is not None:
             topics = {name: leaders for name, leaders in self.topics.items() if name not in names} | found
@@ -361,6 +396,14 @@ class Cluster:
                 return found
             await asyncio.sleep(pause)
         raise ConnectionLost(f"kafka: no leader tells the offsets of {sorted(missing)[:3]}")
+
+
+def _epochs(response: Any) -> Iterator[tuple[tuple[str, int], int]]:
+    """The epoch of each partition's leader, where the answer tells it: it grows with each new leader."""
+    if response.API_VERSION >= METADATA_IDS:
+        for _, name, id, _, partitions in topics_of(response):
+            for _, number, _, epoch, *_ in partitions:
+                yield (id or name, number), epoch
 
 
 def by_leader(cluster: Cluster, tps: Iterable[TP]) -> dict[int, list[TP]]:

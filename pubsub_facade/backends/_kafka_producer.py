@@ -45,6 +45,7 @@ _STRANGER: Final = {
     59,
 }  # sequence, epoch or producer id unknown to the broker: nothing was stored
 _UNCLEAR: Final = {-1, 7, 20}  # unknown server error, timed out, not enough replicas after the append
+_ALONE: Final = {7, 19, 20}  # the broker waited for the other replicas in vain: is it cut off from them?
 
 
 class _Identity:
@@ -215,12 +216,15 @@ class Producer:
         try:
             response = await self._cluster.call(node, request, PRODUCE)
         except ConnectionLost:
+            self._cluster.doubt(node)
             for line in lines:
                 line.unclear = True
             return
         codes = {(topic, part[0]): part[1] for topic, parts in response.topics for part in parts}
         for line in lines:
             line.code = codes.get(line.tp, -1)
+            if line.code in _ALONE:
+                self._cluster.doubt(node)
 
     def _judge(self, line: _Line, *, late: bool) -> str:
         """What an answer means for a line; a text where the batch under way has failed for good."""

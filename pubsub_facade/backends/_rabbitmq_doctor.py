@@ -43,6 +43,11 @@ async def examine(
             "consumer_timeout is not shown over AMQP: with its default a delivery that is unsettled for 30 minutes "
             "is taken back, with the link; a handler that takes longer needs a higher one",
         ),
+        Finding(
+            "ok",
+            "cluster_partition_handling is not shown over AMQP: on a cluster of three or more nodes it should be "
+            "pause_minority, else a node that is cut off keeps its idle members, and stays apart once it is healed",
+        ),
     ]
 
 

@@ -22,11 +22,15 @@ from pathlib import Path
 from typing import Any, Final
 
 from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.errors import KafkaError
+from aiokafka.protocol.metadata import MetadataRequest
 
 from brokers import ports
 from brokers.activemq import Classic
 from brokers.broker import PASSWORD, STATE, USER, Broker
 from brokers.kafka import Kafka
+from brokers.networks import Network
+from brokers.process import LOOPBACK
 from brokers.rabbitmq import RabbitMQ
 from brokers.waiting import wait_until
 from pubsub_facade.testing.faults import Proxy
@@ -46,8 +50,10 @@ class Cluster(World):
     form: str
     nodes: Sequence[Broker] = ()
 
-    def __init__(self, folder: Path, seed: int) -> None:
+    def __init__(self, folder: Path, seed: int, network: Network | None = None) -> None:
         super().__init__(self.form, folder, seed, count=10**6, rate=60)
+        self.network = network
+        self.hosts = network.hosts if network else [LOOPBACK] * NODES
         self.proxies: list[Proxy] = []
         self._told = time.monotonic()
 
@@ -69,16 +75,15 @@ class Cluster(World):
         for name in ("1", "2", "3"):
             self._node(self._place / name).remove()
         self.nodes = self._start_nodes()
-        self._configure(self.direct, [port for _, port in self._addresses()])
-        self._configure(self.config, [proxy.port for proxy in self.proxies])
+        self._configure(self.direct, [f"{node.host.address}:{port}" for node, port in self._addresses()])
+        self._configure(self.config, [f"{proxy.host}:{proxy.port}" for proxy in self.proxies])
 
     @property
     def _place(self) -> Path:
         return STATE / f"cluster-{self.form}"
 
-    def _configure(self, path: Path, at: list[int]) -> None:
-        hosts = ",".join(f"127.0.0.1:{port}" for port in at)
-        lines = [f'namespace = "{self.namespace}"', "connect_timeout = 3", *self._settings(hosts)]
+    def _configure(self, path: Path, at: list[str]) -> None:
+        lines = [f'namespace = "{self.namespace}"', "connect_timeout = 3", *self._settings(",".join(at))]
         path.write_text("\n".join([*lines, ""]))
 
     # -- what each broker does its own way ----------------------------------------------------------
@@ -116,9 +121,9 @@ class Cluster(World):
     def proxy_of(self, node: Broker) -> Proxy:
         return self.proxies[list(self.nodes).index(node)]
 
-    def wait_whole(self, node: Broker) -> None:
+    def wait_whole(self, node: Broker, timeout: float = SERVED) -> None:
         """Return once this node may end, as an operator would wait before the next step."""
-        wait_until(lambda: self.whole(node), SERVED, f"the redundancy of {node.directory.name}")
+        wait_until(lambda: self.whole(node), timeout, f"the redundancy of {node.directory.name}")
         self.tell(f"whole again, with node {node.directory.name}")
 
     def tell(self, what: str) -> None:
@@ -129,14 +134,24 @@ class Cluster(World):
 
     def wait_served(self) -> None:
         """Return once messages were published, and then others handled for each subscription, since the call."""
-        for names in (["published-*"], *([f"handled-{name}-*"] for name in SUBSCRIPTIONS)):
-            before = self._lines(names[0])
-            wait_until(
-                lambda name=names[0], before=before: self._lines(name) >= before + LINES,  # type: ignore[misc]
-                SERVED,
-                f"progress in {names[0]}",
-            )
+        self._wait_grown(["published-*"])
+        self._wait_grown([f"handled-{name}-*" for name in SUBSCRIPTIONS])
         self.tell("served")
+
+    def wait_each_served(self) -> None:
+        """As `wait_served`, of each publisher and each member."""
+        self._wait_grown([f"published-{number}" for number in range(len(self.publishers))])
+        self._wait_grown([f"handled-*-{member.popen.pid}" for member in self.members])
+        self.tell("each served")
+
+    def _wait_grown(self, patterns: Sequence[str]) -> None:
+        before = {pattern: self._lines(pattern) for pattern in patterns}
+        for pattern in patterns:
+            wait_until(
+                lambda pattern=pattern: self._lines(pattern) >= before[pattern] + LINES,  # type: ignore[misc]
+                SERVED,
+                f"progress in {pattern}",
+            )
 
     def _lines(self, pattern: str) -> int:
         return sum(path.read_bytes().count(b"\n") for path in self.folder.glob(pattern))
@@ -151,25 +166,32 @@ class RabbitmqCluster(Cluster):
         return RabbitMQ(directory)
 
     def _start_nodes(self) -> list[Broker]:
-        first = RabbitMQ(self._place / "1")
+        extra = ["cluster_partition_handling = pause_minority", "net_ticktime = 6"]
+        first = RabbitMQ(self._place / "1", extra=extra, host=self.hosts[0])
         first.start()
-        discovery = [
+        extra += [
             "cluster_formation.peer_discovery_backend = classic_config",
             f"cluster_formation.classic_config.nodes.1 = {first.node}",
         ]
-        others = [RabbitMQ(self._place / name, leader=first, extra=discovery) for name in ("2", "3")]
-        for node in others:
+        nodes: list[Broker] = [first]
+        for name, host in zip(("2", "3"), self.hosts[1:], strict=True):
+            node = RabbitMQ(self._place / name, leader=first, extra=extra, host=host)
             node.start()
-        nodes: list[Broker] = [first, *others]
-        self.proxies = [Proxy("127.0.0.1", node.ports["amqp"]).start() for node in nodes]
-        wait_until(
-            lambda: (
-                len(self._ask("/nodes")) == NODES and all(each["running"] for each in self._ask("/nodes"))
-            ),
-            30,
-            "three nodes in one cluster",
-        )
+            nodes.append(node)
+        self.nodes = nodes
+        self.proxies = [Proxy(node.host.address, node.ports["amqp"]).start() for node in nodes]
+        wait_until(self._united, 30, "three nodes in one cluster")
         return nodes
+
+    def _united(self) -> bool:
+        """Whether each node sees all three, and none was parted from another and has not got over it."""
+        try:
+            seen = [each for node in self.nodes for each in self._ask("/nodes", node)]
+        except OSError:
+            return False
+        return len(seen) == NODES**2 and all(
+            each["running"] and each.get("partitions") == [] for each in seen
+        )
 
     def _addresses(self) -> list[tuple[Broker, int]]:
         return [(node, node.ports["amqp"]) for node in self.nodes]
@@ -183,7 +205,7 @@ class RabbitmqCluster(Cluster):
         token = base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
         error: OSError | None = None
         for each in [node] if node is not None else self.nodes or [RabbitMQ(self._place / "1")]:
-            url = f"http://127.0.0.1:{each.ports['management']}/api{path}"
+            url = f"http://{each.host.address}:{each.ports['management']}/api{path}"
             request = urllib.request.Request(url, headers={"Authorization": f"Basic {token}"})
             try:
                 with urllib.request.urlopen(request, timeout=5) as answer:
@@ -208,9 +230,10 @@ class RabbitmqCluster(Cluster):
 
     def whole(self, node: Broker) -> bool:
         try:
-            return bool(self._ask("/health/checks/node-is-quorum-critical", node)["status"] == "ok")
+            critical = self._ask("/health/checks/node-is-quorum-critical", node)
         except OSError:
             return False
+        return bool(critical["status"] == "ok") and self._united()
 
 
 class KafkaCluster(Cluster):
@@ -226,25 +249,28 @@ class KafkaCluster(Cluster):
             dict(zip(("client", "controller", "proxied", "proxy"), ports.free(4), strict=True))
             for _ in range(NODES)
         ]
-        voters = ",".join(f"{number}@127.0.0.1:{at['controller']}" for number, at in enumerate(chosen, 1))
+        voters = ",".join(
+            f"{number}@{host.address}:{at['controller']}"
+            for number, (host, at) in enumerate(zip(self.hosts, chosen, strict=True), 1)
+        )
         nodes: list[Kafka] = []
-        for number, at in enumerate(chosen, 1):
+        for number, (host, at) in enumerate(zip(self.hosts, chosen, strict=True), 1):
+            own = host.address
             extra = [
                 f"node.id={number}",
                 f"controller.quorum.voters={voters}",
-                f"listeners=PLAINTEXT://127.0.0.1:{at['client']},PROXIED://127.0.0.1:{at['proxied']},"
-                f"CONTROLLER://127.0.0.1:{at['controller']}",
-                f"advertised.listeners=PLAINTEXT://127.0.0.1:{at['client']},PROXIED://127.0.0.1:{at['proxy']}",
+                f"listeners=PLAINTEXT://{own}:{at['client']},PROXIED://{own}:{at['proxied']},"
+                f"CONTROLLER://{own}:{at['controller']}",
+                f"advertised.listeners=PLAINTEXT://{own}:{at['client']},PROXIED://127.0.0.1:{at['proxy']}",
                 "listener.security.protocol.map=PLAINTEXT:PLAINTEXT,PROXIED:PLAINTEXT,CONTROLLER:PLAINTEXT",
                 "offsets.topic.replication.factor=3",
                 "replica.lag.time.max.ms=4000",
             ]
-            node = Kafka(
-                self._place / str(number), {name: at[name] for name in ("client", "controller")}, extra=extra
-            )
+            inner = {name: at[name] for name in ("client", "controller")}
+            node = Kafka(self._place / str(number), inner, extra=extra, host=host)
             node.launch()
             nodes.append(node)
-            self.proxies.append(Proxy("127.0.0.1", at["proxied"], port=at["proxy"]).start())
+            self.proxies.append(Proxy(own, at["proxied"], port=at["proxy"]).start())
         for node in nodes:
             node.wait_ready()
         return [*nodes]
@@ -263,28 +289,33 @@ class KafkaCluster(Cluster):
             "session_timeout = 6",
         ]
 
-    def _partitions(self) -> list[dict[str, Any]]:
-        """Those of the topics of this run, as the broker describes them."""
+    def _partitions(self, node: Broker) -> list[dict[str, Any]]:
+        """Those of the topics of this run, as this broker knows them: one that is cut off knows no better."""
 
         async def ask() -> list[dict[str, Any]]:
-            admin = AIOKafkaAdminClient(
-                bootstrap_servers=[f"127.0.0.1:{port}" for _, port in self._addresses()]
-            )
+            admin = AIOKafkaAdminClient(bootstrap_servers=f"{node.host.address}:{node.ports['client']}")
             await admin.start()
             try:
-                names = [name for name in await admin.list_topics() if name.startswith(self.namespace)]
-                return [each for topic in await admin.describe_topics(names) for each in topic["partitions"]]
+                number = list(self.nodes).index(node) + 1
+                answer = await admin._send_request_to_node(number, MetadataRequest(None, False))
+                topics = answer.to_object()["topics"]
+                mine = [topic for topic in topics if topic["topic"].startswith(self.namespace)]
+                return [each for topic in mine for each in topic["partitions"]]
             finally:
                 await admin.close()
 
         return asyncio.run(ask())
 
     def leader(self) -> Broker:
-        led = collections.Counter(int(each["leader"]) for each in self._partitions())
+        led = collections.Counter(int(each["leader"]) for each in self._partitions(self.nodes[0]))
         return self.nodes[led.most_common(1)[0][0] - 1]
 
     def whole(self, node: Broker) -> bool:
-        return all(len(each["isr"]) == NODES for each in self._partitions())
+        try:
+            seen = [each for one in self.nodes for each in self._partitions(one)]
+        except (KafkaError, OSError, TimeoutError):
+            return False
+        return bool(seen) and all(len(each["isr"]) == NODES for each in seen)
 
 
 class ClassicPair(Cluster):
@@ -377,7 +408,9 @@ def partition_from_the_leader(cluster: Cluster) -> None:
     cluster.wait_served()
 
 
-FAULTS: Final[tuple[Callable[[Cluster], None], ...]] = (
+Fault = Callable[[Cluster], None]
+
+FAULTS: Final[tuple[Fault, ...]] = (
     partition_from_the_leader,
     leader_killed,
     node_away,
@@ -385,20 +418,18 @@ FAULTS: Final[tuple[Callable[[Cluster], None], ...]] = (
 )
 
 
-def run(form: str, folder: Path, seed: int, patience: float = 60) -> Result:
-    """Publish and handle while each of `FAULTS` happens once, then settle accounts.
+def run(cluster: Cluster, faults: Sequence[Fault], patience: float = 60) -> Result:
+    """Publish and handle while each of ``faults`` happens once, then settle accounts.
 
     Arguments:
-        folder: empty, for this run.
         patience: seconds to wait, after the last fault, for what was promised.
     """
-    cluster = CLUSTERS[form](folder, seed)
     begin = time.monotonic()
-    result = Result(f"{form} cluster", seed, [])
+    result = Result(f"{cluster.form} cluster", cluster.seed, [])
     with cluster.running():
         cluster.start_publishers()
         cluster.wait_served()
-        for fault in FAULTS:
+        for fault in faults:
             fault(cluster)
             result.faults.append(fault.__name__)
             cluster.tell(fault.__name__)
@@ -407,7 +438,7 @@ def run(form: str, folder: Path, seed: int, patience: float = 60) -> Result:
         asyncio.run(settle_accounts(cluster, result, patience))
         for member in cluster.members:
             member.terminate()
-    result.longest_gap = longest_pause(folder)
+    result.longest_gap = longest_pause(cluster.folder)
     result.seconds = time.monotonic() - begin
     return result
 

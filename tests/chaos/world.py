@@ -111,6 +111,7 @@ class World:
     def __init__(self, form: str, folder: Path, seed: int, count: int, rate: float) -> None:
         self.form = form
         self.folder = folder
+        self.seed = seed
         self.random = random.Random(seed)
         self.count = count
         self.rate = rate
