@@ -119,6 +119,8 @@ def test_a_post_reaches_the_feed_of_another_window_and_the_chart(
         assert texts == sorted(
             ["Ada posted: Hello <b>world</b>", "Grace posted: Found a moth", "Ada posted: Once more"]
         )
+        browser.get(site)
+        see(lambda: text_of(browser, "state") == "live", "the feed to be live again")
         shoot(browser, request, "home")
         browser.get(f"{site}/analytics/")
         see(lambda: bars(browser) == {"Ada": "2", "Grace": "1"}, "the chart")
