@@ -18,6 +18,7 @@ from pubsub_facade.backends._stomp import BrokerRefused, Frame, Link, control
 from pubsub_facade.errors import AuthenticationFailed, ConnectionFailed, ConnectionLost, PubSubError
 from pubsub_facade.settings import Settings
 
+STOPPING: Final = "Broker is not started"  # in what Artemis refuses while it starts or stops
 ANSWER: Final = 30.0  # s that the broker may take for an administrative answer
 
 Box = asyncio.Queue[Frame | ConnectionLost]
@@ -138,7 +139,7 @@ class Session:
         Arguments:
             reply_to: a multicast address for answers, which all clients of the namespace may share.
 
-        Raises PubSubError with the broker's text where it fails.
+        Raises PubSubError with the broker's text where it fails; ConnectionLost where waiting mends it.
         """
         link = self.main
         if self._manager is None or self._manager[0] is not link:
@@ -162,7 +163,7 @@ class Session:
                 )
                 headers, body = await future
         except TimeoutError as error:
-            raise PubSubError(
+            raise ConnectionLost(
                 f"activemq: no answer to {operation} of {resource} within {ANSWER:g} s"
             ) from error
         finally:
@@ -171,6 +172,8 @@ class Session:
         if isinstance(result, list):
             result = result[0] if result else None
         if headers.get("_AMQ_OperationSucceeded") != "true":
+            if STOPPING in str(result):
+                raise ConnectionLost(f"activemq: {operation} of {resource}: {result}")
             raise PubSubError(
                 f"activemq: Artemis refused {operation} of {resource}: {result}: "
                 "the user needs the permission to manage (see the documentation of this backend)"

@@ -505,6 +505,12 @@ class KafkaReceiver(Receiver):
         if self._closed:
             return
         self._closed = True
+        try:
+            await self._close()
+        finally:  # cut short, too: who waits in `receive` is told
+            self._wake()
+
+    async def _close(self) -> None:
         self._left(self)
         self._commits.stop()
         for timer in self._timers.values():
@@ -525,7 +531,6 @@ class KafkaReceiver(Receiver):
             await self._shared.presence.leave(self)
         else:
             self._shared.presence.forget(self)
-        self._wake()
 
     async def _a_moment(self) -> None:
         """Until something was settled, or a little later: a held delivery's state changes without a word."""

@@ -16,10 +16,11 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.structs import TopicPartition
 
-from pubsub_facade import AsyncPubSub, Backoff, Delivery, Message, SendFailed, Settings
+from pubsub_facade import AsyncPubSub, Backoff, ConnectionLost, Delivery, Message, SendFailed, Settings
 from pubsub_facade.backends._kafka_member import commit
 from pubsub_facade.backends._kafka_names import Names
 from pubsub_facade.backends._kafka_partition import Progress
+from pubsub_facade.backends._kafka_receiver import KafkaReceiver
 from pubsub_facade.stream import Stream
 from pubsub_facade.testing.conformance import eventually, nothing_more, receive
 from tests.conftest import broker_settings
@@ -649,3 +650,19 @@ async def test_a_message_the_topic_is_too_small_for_is_refused_alone(bench: Benc
         assert sorted(len(delivery.body) for delivery in await receive(stream, 3)) == [1000, 1000, 3000]
         await client.publish("social.x", b"on")
         assert await wait_for(stream, 1) == [b"on"]
+
+
+async def test_a_member_is_told_even_where_closing_its_link_takes_too_long(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pubsub_facade.backends.kafka.CLOSE_TIMEOUT", 0.1)
+    client = bench.client()
+    async with client.subscribe("#", subscription="audit") as stream:
+        assert stream._consumer is not None
+        receiver = stream._consumer._receiver
+        assert isinstance(receiver, KafkaReceiver)
+        monkeypatch.setattr(receiver._fetcher, "close", asyncio.Event().wait)
+        supervisor = client._supervisor
+        await supervisor.lost(supervisor.epoch, ConnectionLost("cut"))
+        sent = await client.publish("a.b", "after")
+        assert (await stream.receive(20)).id == sent.id

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
 
 import pytest
@@ -23,7 +24,13 @@ from pubsub_facade.backends._activemq_wire import (
     reserved,
 )
 from pubsub_facade.backends._stomp import ClientBusy, Link, Parser, control, escape, send_frame, unescape
-from pubsub_facade.errors import ConnectionFailed, ConnectionLost, MessageError, TopologyConflict
+from pubsub_facade.errors import (
+    ConnectionFailed,
+    ConnectionLost,
+    MessageError,
+    PubSubError,
+    TopologyConflict,
+)
 from pubsub_facade.message import Failure, Message
 from pubsub_facade.subscription import Definition, Era, Subscription
 from pubsub_facade.topics import covers, matches
@@ -233,3 +240,35 @@ async def test_a_client_id_is_asked_for_again_where_the_link_ends_without_a_word
         await Session(Settings()).connect(client_id)
     assert isinstance(caught.value, ClientBusy) == (client_id is not None)
     assert attempts == (1 if client_id is None else 2)
+
+
+class ManagedLink:
+    """Answers each management message as it was told."""
+
+    lost = None
+
+    def __init__(self, session: Session, succeeded: str, answer: str) -> None:
+        self._session = session
+        self._answer = ({"_AMQ_OperationSucceeded": succeeded}, json.dumps([answer]).encode())
+
+    async def ask(self, command: str, headers: dict[str, str], body: bytes = b"") -> None:
+        if command == "SEND":
+            answer, text = self._answer
+            self._session._answered(({**answer, "correlation-id": headers["correlation-id"]}, text))
+
+
+@pytest.mark.parametrize(
+    ("answer", "error"),
+    [
+        ("AMQ229000: Broker is not started. It can not be managed yet", ConnectionLost),
+        ("AMQ229213: User: a does not have permission='MANAGE'", PubSubError),
+    ],
+)
+async def test_a_broker_that_is_stopping_is_waited_for_and_a_missing_right_is_not(
+    answer: str, error: type[PubSubError]
+) -> None:
+    session = Session(Settings(backend="activemq"))
+    session._main = ManagedLink(session, "false", answer)  # type: ignore[assignment]
+    with pytest.raises(PubSubError, match=answer[:9]) as caught:
+        await session.manage("broker", "getQueueNames", reply_to="reply")
+    assert type(caught.value) is error
