@@ -34,7 +34,10 @@ async def put_aside(pubsub: AsyncPubSub) -> int:
 
 
 async def take_and_go(desk: Desk, queue: str) -> None:
-    """Take the first of a queue on a link that ends without a word, again and again."""
+    """Take the first of a queue and leave without settling it, again and again.
+
+    In good order: when a link ends without a word Artemis itself may lose sight of a message (`tests.chaos.stuck`).
+    """
     for _ in range(OFTEN):
         bare = desk.bare()
         headers = {
@@ -46,14 +49,12 @@ async def take_and_go(desk: Desk, queue: str) -> None:
         await asyncio.to_thread(bare.ask, "SUBSCRIBE", headers)
         command, received, _ = await asyncio.to_thread(bare.next)
         assert command == "MESSAGE", received
-        await asyncio.to_thread(
-            bare.ask, "SEND", {"destination": f"{queue}$other"}
-        )  # so that it has settled down
+        await asyncio.to_thread(bare.ask, "DISCONNECT", {})
         bare.close()
 
 
 @pytest.mark.parametrize("queue", [".#::{space}$sub.analytics$#", "$retry.analytics"])
-async def test_what_crashed_members_took_is_handed_out_again(desk: Desk, queue: str) -> None:
+async def test_what_members_left_unsettled_is_handed_out_again(desk: Desk, queue: str) -> None:
     pubsub = await desk.client()
     async with pubsub.subscribe("#", subscription="analytics") as stream:
         await pubsub.publish("a.b", "parked")
