@@ -1,6 +1,6 @@
-"""Publishing from threads, and the outbox's relay: ``python -m benchmarks.outbox [--rows N] [--runs N]``.
+"""Publishing from threads, and the outbox's relay: ``python -m benchmarks.outbox [--threads N] [--rows N] [--runs N]``.
 
-Threads: 16 threads that share one client's confirms, beside 16 that each wait for a round trip of their own, on
+Threads: 16 that share one client's confirms, beside 16 that each wait for a round trip of their own, on
 one pika connection behind a lock (as one must share it) or on one each. Relay: rows from PostgreSQL to RabbitMQ,
 beside each half alone, so that the limit shows. The broker is the one of ``make brokers``; PostgreSQL is started
 where it is not up. Medians of the runs, which take turns.
@@ -28,7 +28,6 @@ from pubsub_facade.contrib.outbox import Outcome, Relay
 from pubsub_facade.contrib.sqlalchemy import Outbox
 
 ROOT = Path(__file__).resolve().parent.parent
-THREADS = 16
 SIZE = 256
 BATCH = 500
 KEYS = 1000
@@ -40,22 +39,22 @@ def settings() -> Settings:
     return Settings.load(config, namespace=f"bench-{uuid.uuid4().hex[:8]}")
 
 
-def in_threads(publish: Callable[[int], None], count: int) -> float:
-    """Publishes a second of `THREADS` threads, each calling ``publish(number of the thread)``."""
-    each = count // THREADS
+def in_threads(publish: Callable[[int], None], threads: int, count: int) -> float:
+    """Publishes a second of several threads, each calling ``publish(number of the thread)``."""
+    each = count // threads
 
     def run(thread: int) -> None:
         for _ in range(each):
             publish(thread)
 
     began = time.perf_counter()
-    with ThreadPoolExecutor(THREADS) as pool:
-        for done in [pool.submit(run, thread) for thread in range(THREADS)]:
+    with ThreadPoolExecutor(threads) as pool:
+        for done in [pool.submit(run, thread) for thread in range(threads)]:
             done.result()
-    return each * THREADS / (time.perf_counter() - began)
+    return each * threads / (time.perf_counter() - began)
 
 
-def shared(count: int) -> float:
+def shared(threads: int, count: int) -> float:
     """One client for all threads."""
     with PubSub(settings()) as pubsub:
         pubsub.declare("bench.#", subscription="bench")
@@ -65,12 +64,12 @@ def shared(count: int) -> float:
             pubsub.publish("bench.a", body)
 
         publish(0)
-        rate = in_threads(publish, count)
+        rate = in_threads(publish, threads, count)
         pubsub.delete("bench")
     return rate
 
 
-def alone(count: int, connections: int) -> float:
+def alone(threads: int, count: int, connections: int) -> float:
     """Each publish waiting for its own confirm: a connection for each thread, or one for all behind a lock."""
     there = settings()
     with PubSub(there) as pubsub:
@@ -91,7 +90,7 @@ def alone(count: int, connections: int) -> float:
             with locks[link]:
                 channels[link].basic_publish(there.namespace, "bench.a", body, properties)
 
-        rate = in_threads(publish, count)
+        rate = in_threads(publish, threads, count)
         for link in links:
             link.close()
         pubsub.delete("bench")
@@ -184,23 +183,25 @@ async def broker_alone(rows: int) -> float:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.outbox")
+    parser.add_argument("--threads", type=int, default=16)
     parser.add_argument("--count", type=int, default=16_000, help="publishes from threads that share")
     parser.add_argument("--rows", type=int, default=20_000)
     parser.add_argument("--runs", type=int, default=3)
     options = parser.parse_args()
+    threads, count = options.threads, options.count
     rates: dict[str, list[float]] = {
-        f"{THREADS} threads, one pika connection, a round trip each": [],
-        f"{THREADS} threads, a pika connection and a round trip each": [],
-        f"{THREADS} threads sharing confirms": [],
+        f"{threads} threads, one pika connection, a round trip each": [],
+        f"{threads} threads, a pika connection and a round trip each": [],
+        f"{threads} threads sharing confirms": [],
         "relay, PostgreSQL to RabbitMQ": [],
         "its database half alone": [],
         "its broker half alone": [],
     }
     one, own, sharing, whole, database, broker = rates.values()
     for _ in range(options.runs):
-        one.append(alone(options.count // 8, 1))
-        own.append(alone(options.count // 8, THREADS))
-        sharing.append(shared(options.count))
+        one.append(alone(threads, count // 8, 1))
+        own.append(alone(threads, count // 8, threads))
+        sharing.append(shared(threads, count))
         for into, run in ((whole, relay), (database, database_alone)):
             table = Table()
             table.fill(options.rows)
