@@ -32,6 +32,7 @@ Direction = Literal["up", "down", "both"]
 CHUNK: Final = 1 << 16
 CALL_TIMEOUT: Final = 10.0  # s for the proxy's thread to carry out a call
 LINGER: Final = 5.0  # s that one side may go on sending after the other has ended
+TURNS_TO_SERVE: Final = 5  # of the loop, from an accept to `_serve`, which closes what was accepted
 _RESET: Final = struct.pack("ii", 1, 0)  # SO_LINGER with zero seconds: close sends RST
 
 T = TypeVar("T")
@@ -207,9 +208,13 @@ class Proxy:
         return len(links)
 
     async def _refuse(self) -> None:
-        if self._server is not None:
-            self._server.close()
-            self._server = None
+        server, self._server = self._server, None
+        if server is not None:
+            for sock in server.sockets:
+                self._loop.remove_reader(sock.fileno())
+            for _ in range(TURNS_TO_SERVE):
+                await asyncio.sleep(0)
+            server.close()
         await self._cut()
 
     async def _restore(self) -> None:

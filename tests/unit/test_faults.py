@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import socket
 import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -109,6 +111,22 @@ def test_refuse_is_a_broker_that_is_down_until_restore(proxy: Proxy) -> None:
         socket.create_connection((proxy.host, proxy.port), timeout=5)
     proxy.restore()
     connect(proxy).close()
+
+
+def test_stopping_closes_the_connections_it_has_just_accepted(echo: Echo) -> None:
+    with warnings.catch_warnings(record=True) as unclosed:
+        warnings.simplefilter("always", ResourceWarning)
+        for _ in range(20):
+            proxy = Proxy("127.0.0.1", echo.port).start()
+            clients = [socket.socket() for _ in range(5)]
+            for client in clients:
+                client.setblocking(False)
+                client.connect_ex((proxy.host, proxy.port))
+            proxy.stop()
+            for client in clients:
+                client.close()
+        gc.collect()
+    assert not unclosed
 
 
 def test_stall_holds_bytes_back_and_loses_none(proxy: Proxy, echo: Echo) -> None:
