@@ -335,8 +335,8 @@ MUTATIONS: Final = (
     Mutation(
         "a lost link is made good",
         "publisher.py",
-        "                if self._returned and not self._flying:\n                    self._requeue()\n",
-        "                if self._returned and not self._flying:\n                    self._returned.clear()\n",
+        "not self._flying and not self._sends:\n                        self._requeue()\n",
+        "not self._flying and not self._sends:\n                        self._returned.clear()\n",
         "a_lost_link_is_made_good",
         "tests/unit/test_publisher.py",
     ),

@@ -6,6 +6,7 @@ import argparse
 import random
 import sys
 import tempfile
+import traceback
 from pathlib import Path
 
 from tests.chaos import scenario
@@ -28,26 +29,25 @@ def main() -> int:
         with tempfile.TemporaryDirectory(prefix="chaos-") as temporary:
             folder = options.keep / form if options.keep else Path(temporary)
             folder.mkdir(parents=True, exist_ok=True)
-            result = scenario.run(
-                form,
-                folder,
-                seed=options.seed,
-                count=options.messages // 2,
-                faults=options.faults,
-                rate=options.rate,
-                patience=120,
-            )
-        print(result.row(), flush=True)
-        for name, ids in result.lost.items():
-            if ids:
+            try:
+                result = scenario.run(
+                    form,
+                    folder,
+                    seed=options.seed,
+                    count=options.messages // 2,
+                    faults=options.faults,
+                    rate=options.rate,
+                    patience=120,
+                )
+            except Exception:
                 bad += 1
-                print(f"  lost of {name}: {ids[:20]}", file=sys.stderr)
-        if result.misbooked:
+                print(f"| {form} | {options.seed} | ended early |", flush=True)
+                traceback.print_exc()
+                continue
+        print(result.row(), flush=True)
+        for found in result.breaches():
             bad += 1
-            print(f"  not booked once: {result.misbooked}", file=sys.stderr)
-        if result.duplicates > result.bound:
-            bad += 1
-            print(f"  {result.duplicates} duplicates, more than {result.bound}", file=sys.stderr)
+            print(f"  {found}", file=sys.stderr, flush=True)
     return 1 if bad else 0
 
 

@@ -82,6 +82,20 @@ def member_told_to_end(world: World) -> None:
     member.again()
 
 
+def member_told_to_end_while_nobody_answers(world: World) -> None:
+    """It cannot say what it has handled, and ends all the same."""
+    assert world.proxy is not None
+    member = world.random.choice(world.members)
+    member.wait_receiving()
+    world.random.choice((world.proxy.refuse, world.proxy.swallow, world.proxy.stall))()
+    try:
+        code = member.terminate()
+    finally:
+        world.proxy.restore()
+    assert code == 0, f"a member that was told to end while nobody answered ended with {code}"
+    member.again()
+
+
 def member_frozen(world: World) -> None:
     victim = world.random.choice(world.members).victim()
     victim.pause()
@@ -98,7 +112,7 @@ def publisher_killed(world: World) -> None:
 def members_come_and_go(world: World) -> None:
     for _ in range(3):
         guest = world.add_member()
-        time.sleep(1)
+        guest.wait_receiving()
         world.members.remove(guest)
         if world.random.random() < 0.5:
             guest.kill()
@@ -212,6 +226,7 @@ PROCESSES: Final[tuple[Injury, ...]] = (
 
 BROKERED: Final[tuple[Injury, ...]] = (
     *PROCESSES,
+    member_told_to_end_while_nobody_answers,
     broker_killed,
     cut_every_connection,
     half_open_link,

@@ -6,6 +6,7 @@ Their clocks jump, their handlers dawdle, and the first that comes to a named po
 
 from __future__ import annotations
 
+import asyncio
 import contextvars
 import functools
 import mmap
@@ -13,10 +14,11 @@ import os
 import random
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from pubsub_facade import Message
 from pubsub_facade.backends.base import Backend, Receiver
 
 POINTS: Final = ("handling", "handled", "parking", "burying", "copied", "sending")
@@ -103,8 +105,15 @@ class Levers:
 
     def watch(self, backend: Backend) -> None:
         """Let this process come to the points within the driver."""
-        setattr(backend, "send", self._during("sending", backend.send))  # noqa: B010  mypy minds a method's name
-        consume = backend.consume
+        begin, consume = backend.begin, backend.consume
+
+        @functools.wraps(begin)
+        def begun(messages: Sequence[Message]) -> asyncio.Future[Any] | None:
+            self.around_here("sending")
+            return begin(messages)
+
+        setattr(backend, "begin", begun)  # noqa: B010  mypy minds a method's name
+        setattr(backend, "send", self._during("sending", backend.send))  # noqa: B010
         watched: set[type[Receiver]] = set()
 
         async def joined(*arguments: Any) -> Receiver:

@@ -102,8 +102,8 @@ BREAKS: Final = (
     Break(
         "what was unconfirmed when the link was lost is called sent",
         "publisher.py",
-        "            self._returned.append(batch)\n            del self._flying[batch.sequence]\n",
-        "            del self._flying[batch.sequence]\n            self._settle(batch, None)\n",
+        "            batch.error = error\n            self._returned.append(batch)\n",
+        "            self._settle(batch, None)\n",
         CHAOS,
         "rabbitmq",
         "broker_killed cut_every_connection refuse_connections_for_a_second stalled_link",

@@ -17,7 +17,7 @@ from pubsub_facade import AsyncPubSub, Settings
 from tests.chaos import autopsy
 from tests.chaos.books import BOOKS, bookings
 from tests.chaos.injuries import injuries_for
-from tests.chaos.workload import BATCH, SUBSCRIPTIONS, WINDOW, is_to_be_booked
+from tests.chaos.workload import BATCH, SUBSCRIPTIONS, WINDOW, is_to_be_booked, is_to_be_rejected
 from tests.chaos.world import MEMBERS, PUBLISHERS, World
 
 
@@ -31,6 +31,7 @@ class Result:
     published: int = 0
     handled: int = 0
     dead: int = 0
+    misburied: list[str] = field(default_factory=list)  # ids of dead letters that no handler rejected
     duplicates: int = 0
     booked: int = 0  # messages that had their effect in a database
     misbooked: dict[str, int] = field(default_factory=dict)  # id -> how often, where it is not once
@@ -45,6 +46,19 @@ class Result:
         return len(self.faults) * (
             len(SUBSCRIPTIONS) * WINDOW * (MEMBERS + 1) + PUBLISHERS * BATCH * len(SUBSCRIPTIONS)
         )
+
+    def breaches(self) -> list[str]:
+        """What the contract forbids and this run shows, one line each."""
+        found = [f"lost of {name}: {ids[:20]}" for name, ids in self.lost.items() if ids]
+        if self.stuck and self.form != "artemis":  # its own fault, told in docs/reliability.md
+            found.append(f"{self.stuck} came only when the broker was started again")
+        if self.misburied:
+            found.append(f"in the dead letters, and no handler rejected them: {self.misburied[:20]}")
+        if self.misbooked:
+            found.append(f"not booked once: {self.misbooked}")
+        if self.duplicates > self.bound:
+            found.append(f"{self.duplicates} duplicates, more than {self.bound}")
+        return found
 
     @property
     def missing(self) -> int:
@@ -166,6 +180,7 @@ async def _wait(
         await asyncio.sleep(0.5)
     result.handled = sum(len(set(ids)) for ids in handled.values())
     result.dead = sum(len(set(ids)) for ids in dead.values())
+    result.misburied = [id for ids in dead.values() for id in ids if not is_to_be_rejected(id)]
     result.duplicates = sum(len(ids) - len(set(ids)) for ids in handled.values())
 
 

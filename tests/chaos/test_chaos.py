@@ -1,7 +1,8 @@
 """The short form of the chaos runs: nothing that was confirmed is lost, whatever happens to whom.
 
 ``make chaos`` is the long form. The seed is drawn anew each time and shown when a run fails. ``INJURIES`` names those
-to draw from, ``PATIENCE`` is how many seconds are waited for what was promised.
+to draw from, ``PATIENCE`` is how many seconds are waited for what was promised. A loss is noted in pytest's cache as
+``chaos/lost``: whoever runs failed tests a second time must not forgive it.
 """
 
 from __future__ import annotations
@@ -26,16 +27,18 @@ INJURIES = os.environ.get("INJURIES", "").split()
     "form",
     [form if form == "sqlite" else pytest.param(form, marks=pytest.mark.broker(form)) for form in FORMS],
 )
-def test_nothing_confirmed_is_lost(form: str, tmp_path: Path) -> None:
+def test_nothing_confirmed_is_lost(form: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    print(f"seed {SEED}")
     result = scenario.run(
         form, tmp_path, seed=SEED, count=1500, faults=8, rate=100, patience=PATIENCE, only=INJURIES
     )
     print(scenario.HEADER, result.row(), sep="\n")
-    assert not result.stuck or form == "artemis", f"seed {SEED}, after {result.faults}: {result.stuck} stuck"
-    assert not result.lost_count, f"seed {SEED}, after {result.faults}: lost {result.lost}"
-    assert not result.misbooked, f"not booked once: {result.misbooked}, after {result.faults}"
+    breaches = result.breaches()
+    cache = getattr(request.config, "cache", None)
+    if cache is not None and (result.lost_count or result.misbooked):
+        cache.set("chaos/lost", breaches)
+    assert not breaches, f"seed {SEED}, after {result.faults}: {breaches}"
     assert result.booked
     assert result.published >= 2 * 1500
-    assert result.duplicates <= result.bound, f"seed {SEED}: {result}"
     assert result.handled + result.dead >= 2 * result.published
     shutil.rmtree(tmp_path, ignore_errors=True)

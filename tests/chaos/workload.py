@@ -47,7 +47,16 @@ def message_id(publisher: int, number: int) -> str:
 
 def is_to_be_booked(id: str) -> bool:
     """Whether the message of this id is for the subscription that keeps books."""
-    return _topic(int(id.rpartition("-")[2])) == BOOKED
+    return _topic(_number(id)) == BOOKED
+
+
+def is_to_be_rejected(id: str) -> bool:
+    """Whether the handlers reject the message of this id: these, and no others, end in the dead letters."""
+    return _number(id) % REJECTED_EVERY == 0
+
+
+def _number(id: str) -> int:
+    return int(id.rpartition("-")[2])
 
 
 def _topic(number: int) -> str:
@@ -125,7 +134,7 @@ def member(settings: Settings, folder: Path, levers: Levers) -> AsyncPubSub:
             failed: set[str] = failed,
         ) -> None:
             number = payload["number"]
-            if number % REJECTED_EVERY == 0:
+            if is_to_be_rejected(delivery.id):
                 raise Reject("one in a hundred is rejected")
             if number % FAILS_ONCE_EVERY == 0 and delivery.attempt == 1 and delivery.id not in failed:
                 failed.add(delivery.id)
