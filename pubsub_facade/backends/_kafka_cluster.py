@@ -89,6 +89,8 @@ class Cluster:
         self._connecting: dict[tuple[int, Link], asyncio.Lock] = {}
         self._refreshing = asyncio.Lock()
         self._refreshed = 0.0  # when the last refresh of all topics began
+        self._unanswered: tuple[float, str] | None = None  # when the last one failed, and how
+        self._silent: dict[tuple[str, int], float] = {}  # address -> when we gave up waiting for it to answer
         self._coordinators: dict[str, int] = {}
         self._ending: dict[asyncio.Future[None], Any] = {}  # connections that are closing -> transport
         self._closed = False
@@ -106,7 +108,7 @@ class Cluster:
         if not self._bootstrap:
             raise ConnectionFailed("kafka: no bootstrap_servers are set: give host:port of a broker")
         try:
-            await self._ask_bootstrap()
+            await self._ask_bootstrap(time.monotonic())
             await self.refresh(())
         except ConnectionLost as error:
             raise ConnectionFailed(
@@ -131,6 +133,11 @@ class Cluster:
             self._end(self._links.pop(key), CloseReason.SHUTDOWN)
         for key in [key for key in self._connecting if key[1] == link and not self._connecting[key].locked()]:
             del self._connecting[key]
+
+    def _end_links(self, node: int) -> None:
+        """Requests under way to this broker raise ConnectionLost now."""
+        for key in [key for key in self._links if key[0] == node]:
+            self._end(self._links.pop(key), CloseReason.CONNECTION_TIMEOUT)
 
     def _end(self, conn: Any, reason: Any) -> None:
         protocol, writer = conn._protocol, conn._writer
@@ -157,7 +164,10 @@ class Cluster:
             async with asyncio.timeout(timeout):
                 return await conn.send(request)
         except _LOST as error:
-            self._end(conn, CloseReason.CONNECTION_TIMEOUT)
+            if isinstance(error, TimeoutError):  # on one link it is silence on all: nobody waits it out again
+                self._end_links(node)
+            else:
+                self._end(conn, CloseReason.CONNECTION_TIMEOUT)
             raise ConnectionLost(f"kafka: {self._name(node)} does not answer: {_why(error)}") from error
         except kafka_errors.KafkaError as error:
             raise ConnectionLost(f"kafka: {self._name(node)}: {_why(error)}") from error
@@ -245,6 +255,8 @@ class Cluster:
             return conn
         except BaseException as error:
             self._end(conn, CloseReason.SHUTDOWN)
+            if isinstance(error, TimeoutError):
+                self._silent[host, port] = time.monotonic()
             if isinstance(error, _REFUSED):
                 raise AuthenticationFailed(
                     f"kafka: {show_host(host, port)} refused user {settings.username!r} "
@@ -284,17 +296,23 @@ class Cluster:
         Arguments:
             age: seconds that what is known of all topics may be old.
         """
-        asked = time.monotonic() - age
+        called = time.monotonic()
         async with self._refreshing:
-            if self._refreshed > asked:
+            if self._refreshed > called - age:
                 return  # somebody has asked for all topics meanwhile
+            if self._unanswered is not None and self._unanswered[0] > called:
+                raise ConnectionLost(self._unanswered[1])  # somebody has waited in vain meanwhile
             began = time.monotonic()
             request = Metadata(names)
             try:
-                response = await self._newest(request)
-            except ConnectionLost:
-                await self._ask_bootstrap()
-                response = await self._newest(request)
+                try:
+                    response = await self._newest(request)
+                except ConnectionLost:
+                    await self._ask_bootstrap(began)
+                    response = await self._newest(request)
+            except ConnectionLost as error:
+                self._unanswered = (time.monotonic(), str(error))
+                raise
             self._learn(response, names)
             if names is None:
                 self._refreshed = began
@@ -317,9 +335,13 @@ class Cluster:
             raise error or ConnectionLost(f"kafka: no broker of {self} is known")
         return response
 
-    async def _ask_bootstrap(self) -> None:
+    async def _ask_bootstrap(self, began: float) -> None:
+        """Learn the brokers from the first bootstrap server that answers; not from one that was silent since."""
         error: ConnectionLost | None = None
         for host, port in self._bootstrap:
+            if self._silent.get((host, port), 0.0) > began:
+                error = ConnectionLost(f"kafka: {show_host(host, port)} does not answer")
+                continue
             try:
                 conn = await self._dial(host, port, REQUEST_TIMEOUT)
             except ConnectionLost as raised:

@@ -16,14 +16,17 @@ import pytest
 
 from pubsub_facade import AsyncPubSub, Settings
 from tests.chaos import injuries
-from tests.chaos.world import FORMS, World
+from tests.chaos.world import FORMS, HEARTBEAT, World
 
 RESUME: Final = 2.0  # s from the end of a fault to the next delivery
-KAFKA: Final = 10.0  # s: where a link was silent, the group waits for a member's session to lapse
+KAFKA_JOINS: Final = 10.0  # s: a group with no member yet, on a broker that has just come, may wait so long
 PATIENCE: Final = 30.0  # s
 LINES: Final = (
     16  # of the log, for one fault: a link is lost, its member joins again, each change is one line
 )
+
+NOTICED: Final = {"kafka": 6 + 10, "rabbitmq": 1.5 * HEARTBEAT}
+"""Seconds to notice that nothing comes any more; Kafka: `session_timeout`, and `connect_timeout` for a new link."""
 
 BROKERED = [pytest.param(form, marks=pytest.mark.broker(form)) for form in FORMS if form != "sqlite"]
 
@@ -119,12 +122,33 @@ async def _resumes(
     lines = [record.getMessage() for record in caplog.records]
     tries = traffic.attempts - attempts
     print(f"{world.form}: {fault.__name__}: resumed after {took:.2f} s, {tries} attempts, {len(lines)} lines")
-    assert took < (KAFKA if world.form == "kafka" else RESUME), f"{fault.__name__}: {lines}"
+    assert took < RESUME, f"{fault.__name__}: {lines}"
     allowed = most_attempts(traffic.pubsub.settings, time.monotonic() - began)
     assert tries <= allowed, f"{fault.__name__}: {tries} attempts to connect, {allowed:.0f} at most: {lines}"
     assert len(lines) <= LINES, f"{fault.__name__}: {lines}"
     same = [line for line, after in itertools.pairwise(lines) if line == after]
     assert not same, f"{fault.__name__}: a line for each try: {lines}"
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("form", BROKERED)
+async def test_a_half_open_link_is_noticed(form: str, tmp_path: Path) -> None:
+    world = World(form, tmp_path, seed=0, count=0, rate=1)
+    with world.serving():
+        assert world.proxy is not None
+        traffic = Traffic(world.config)
+        lost = asyncio.Event()
+        traffic.pubsub.on_state(lambda state: lost.set() if state == "reconnecting" else None)
+        async with traffic.flowing():
+            world.proxy.swallow()
+            began = time.monotonic()
+            async with asyncio.timeout(60):
+                await lost.wait()
+            took = time.monotonic() - began
+            world.proxy.restore()
+            print(f"{form}: noticed after {took:.2f} s")
+            assert took < NOTICED.get(form, 1.5 * HEARTBEAT) + 1  # the second is this machine's
+            await traffic.since(time.monotonic())
 
 
 @pytest.mark.timeout(60)
@@ -162,6 +186,6 @@ async def test_a_member_waits_for_a_broker_that_is_absent(form: str, tmp_path: P
                 await publisher.publish("recovery.topic", 1)
                 await asyncio.sleep(0.05)
         print(f"{form}: absent at start: resumed after {traffic.handled[0] - ended:.2f} s")
-        assert traffic.handled[0] - ended < (KAFKA if form == "kafka" else RESUME) + 1
+        assert traffic.handled[0] - ended < (KAFKA_JOINS if form == "kafka" else RESUME) + 1
         stop.set()
         await serving

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+from aiokafka.conn import CloseReason
+
 from pubsub_facade import Settings
-from pubsub_facade.backends._kafka_cluster import Cluster, Link
+from pubsub_facade.backends._kafka_cluster import CONTROL, PRODUCE, Cluster, Link
 from pubsub_facade.backends._kafka_wire import METADATA_IDS
 from pubsub_facade.errors import ConnectionLost
 
@@ -74,3 +79,70 @@ async def test_others_are_asked_for_a_coordinator_that_has_moved() -> None:
     brokers._coordinators["g"] = CUT_OFF
     brokers.coordinator_moved("g")
     assert brokers._nodes() == [WELL, CUT_OFF]
+
+
+async def test_those_who_wait_for_a_broker_that_is_silent_wait_once() -> None:
+    accepted = 0
+
+    async def say_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal accepted
+        accepted += 1
+        await reader.read()  # until the client gives up
+        await reader.read()
+        writer.close()
+
+    async with await asyncio.start_server(say_nothing, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        settings = Settings(backend="kafka", kafka={"bootstrap_servers": [f"127.0.0.1:{port}"]}).kafka
+        cluster = Cluster(settings, 0.4, {})
+        cluster._brokers = {1: ("127.0.0.1", port)}
+        began = time.monotonic()
+        ends = await asyncio.gather(*(cluster.refresh(None) for _ in range(3)), return_exceptions=True)
+        took = time.monotonic() - began
+        assert [type(end) for end in ends] == [ConnectionLost] * 3
+        assert accepted == 1
+        assert 0.4 <= took < 0.8
+        with pytest.raises(ConnectionLost):
+            await cluster.refresh(None)  # begun later: tries again
+        assert accepted == 2
+        await cluster.close()
+
+
+class _Connection:
+    """Never answers, as one whose other side has vanished."""
+
+    _protocol = _writer = None
+
+    def __init__(self) -> None:
+        self.ended: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+
+    def connected(self) -> bool:
+        return not self.ended.done()
+
+    async def send(self, request: Any) -> Any:
+        await self.ended
+        raise AssertionError("ended without an error")
+
+    def close(self, reason: CloseReason) -> asyncio.Future[Any]:
+        if not self.ended.done():
+            self.ended.set_exception(ConnectionResetError("ended"))
+            self.ended.exception()
+        return self.ended
+
+
+async def test_silence_on_one_link_ends_all_links_to_that_broker() -> None:
+    cluster = Cluster(Settings(backend="kafka").kafka, 1.0, {})
+    links = {(node, link): _Connection() for node in (1, 2) for link in (CONTROL, PRODUCE)}
+    cluster._links = dict(links)
+    waiting = asyncio.create_task(cluster.call(1, None, PRODUCE))
+    elsewhere = asyncio.create_task(cluster.call(2, None, PRODUCE))
+    await asyncio.sleep(0)
+    with pytest.raises(ConnectionLost):
+        await cluster.call(1, None, CONTROL, timeout=0.05)
+    async with asyncio.timeout(1):
+        with pytest.raises(ConnectionLost):
+            await waiting
+    assert not elsewhere.done()
+    assert all(connection.connected() == (node == 2) for (node, _), connection in links.items())
+    elsewhere.cancel()
+    await asyncio.wait([elsewhere])
