@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import logging
 import subprocess
 import sys
 import time
@@ -11,11 +13,15 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.memory import resident
 from brokers.broker import ROOT
-from pubsub_facade import AsyncPubSub, Backoff, Message, Settings
+from pubsub_facade import AsyncPubSub, Backoff, Delivery, Message, Settings
+from pubsub_facade.consumer import WINDOW
 from tests.chaos.poison import DEADLY, MAX_ATTEMPTS, SUBSCRIPTION
 from tests.chaos.world import FORMS
 from tests.conftest import broker_settings
+
+GROWTH = 20.0  # MiB: half of what the failing messages are together
 
 FORM_PARAMETERS = [
     form if form == "sqlite" else pytest.param(form, marks=pytest.mark.broker(form)) for form in FORMS
@@ -111,3 +117,92 @@ async def test_messages_that_always_fail_do_not_hold_up_the_others(form: str, tm
         await pubsub.close()
     async with AsyncPubSub(Settings.load(tmp_path / "pubsub.toml")) as pubsub:
         await pubsub.delete("overload")
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("form", FORM_PARAMETERS)
+async def test_messages_that_always_fail_fill_no_memory(
+    form: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.ERROR, "pubsub_facade")  # pytest keeps each line
+    count, tenth = 6_000, 600
+    sizes: dict[int, float] = {}
+    failed = 0
+    all_failed, good = asyncio.Event(), asyncio.Event()
+    async with AsyncPubSub(Settings.load(config_for(form, tmp_path))) as pubsub:
+
+        @pubsub.subscriber(
+            "poison.#", subscription="overload", max_attempts=20, backoff=Backoff(initial=600, maximum=600)
+        )
+        async def handle(text: str) -> None:
+            nonlocal failed
+            if text == "good":
+                good.set()
+                return
+            failed += 1
+            if failed % tenth == 0:
+                sizes[failed] = resident()
+            if failed == count:
+                all_failed.set()
+            raise ValueError("always")
+
+        await pubsub.start()
+        for _ in range(count // tenth):
+            await pubsub.publish_many([Message("poison.a", "x" * 8000) for _ in range(tenth)])
+        async with asyncio.timeout(150):
+            await all_failed.wait()
+            await pubsub.publish("poison.a", "good")
+            await good.wait()
+        assert max(sizes.values()) - sizes[tenth] < GROWTH, sizes
+        await pubsub.close()
+    async with AsyncPubSub(Settings.load(tmp_path / "pubsub.toml")) as pubsub:
+        await pubsub.delete("overload")
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("form", FORM_PARAMETERS)
+async def test_a_slow_member_does_not_starve_the_others(form: str, tmp_path: Path) -> None:
+    """It keeps back what it has in hand, on Kafka what is in its partitions, and no more."""
+    settings = Settings.load(config_for(form, tmp_path))
+    count = 3000
+    published = {f"m{number}" for number in range(count)}
+    held: set[str] = set()
+    handled: set[str] = set()
+    go_on = asyncio.Event()
+    async with AsyncPubSub(settings) as slow, AsyncPubSub(settings) as fast:
+        if not slow.capabilities.competing:
+            pytest.skip("capability competing is false: one member is active, the others stand by")
+
+        @slow.subscriber("poison.#", subscription="overload")
+        async def hold(text: str, delivery: Delivery) -> None:
+            held.add(delivery.id)
+            await go_on.wait()
+
+        @fast.subscriber("poison.#", subscription="overload")
+        async def handle(text: str, delivery: Delivery) -> None:
+            handled.add(delivery.id)
+
+        await slow.start()
+        await fast.start()
+        for number in itertools.count():  # until both have work: a group of Kafka's takes its time to share
+            if held and handled:
+                break
+            await fast.publish("poison.probe", "probe", key=f"k{number}", id=f"p{number}")
+            await asyncio.sleep(0.05)
+        await fast.publish_many(
+            [Message("poison.a", "text", key=f"k{number}", id=f"m{number}") for number in range(count)]
+        )
+        others = {
+            "kafka": count // 3 - 200,  # the keys of one partition in three, about
+            "artemis": count - 4 * WINDOW,  # its window is in bytes, and these are small
+        }.get(form, count - WINDOW)
+        async with asyncio.timeout(20):
+            while len(handled & published) < others:  # noqa: ASYNC110 - no event tells
+                await asyncio.sleep(0.02)
+        assert held
+        go_on.set()
+        async with asyncio.timeout(30):
+            while published - handled - held:  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+        await slow.close()
+        await fast.delete("overload")
