@@ -6,15 +6,26 @@ registered like any other handler; what is done around it is the integration's.
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from collections.abc import Callable
 from typing import Any, get_type_hints
 
 from pubsub_facade.errors import ConfigError
-from pubsub_facade.message import Delivery
+from pubsub_facade.message import MAX_ID, Delivery
 
 MARK_COLUMNS = ("subscription", "message_id", "handled")
 MARK_UNIQUE = ("subscription", "message_id")
+
+
+def mark_id(id: str) -> str:
+    """What a mark holds for a message id: the id, or a digest where the column cannot hold it.
+
+    Only foreign clients send such an id: one over `MAX_ID` characters, or with a NUL, which PostgreSQL refuses.
+    """
+    if len(id) > MAX_ID or "\0" in id:
+        return f"sha256:{hashlib.sha256(id.encode('utf-8', 'surrogatepass')).hexdigest()}"
+    return id
 
 
 class Effect:

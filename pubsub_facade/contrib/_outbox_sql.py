@@ -31,6 +31,7 @@ Change = Callable[[str, Sequence[Any]], int]
 
 AT_ONCE: Final = 500  # values in one statement
 MAX_HELD: Final = 500  # keys in trouble that a statement excludes; rows of further ones are excluded after it
+_LOOSE: Final = ("mysql", "mariadb")  # compare text without regard to case, accents and trailing blanks
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,12 +178,14 @@ class OutboxSql:
         trouble.keys = list(seen)
         return trouble
 
-    @staticmethod
-    def _not_held(trouble: _Trouble) -> tuple[str, Sequence[Any]]:
+    def _not_held(self, trouble: _Trouble) -> tuple[str, Sequence[Any]]:
         keys = trouble.keys[:MAX_HELD]
         if not keys:
             return "", ()
-        return f" AND (message_key IS NULL OR message_key NOT IN ({_marks(keys)}))", keys
+        key = "message_key"
+        if self._vendor in _LOOSE:
+            key, keys = f"HEX(CONVERT({key} USING utf8mb4))", [key.encode().hex().upper() for key in keys]
+        return f" AND (message_key IS NULL OR {key} NOT IN ({_marks(keys)}))", keys
 
     def settle(self, run: Run, outcome: Outcome, now: float, *, keep: bool) -> None:
         """Write what became of rows."""
@@ -243,10 +246,19 @@ class OutboxSql:
 
 
 def ignoring(vendor: str, table: str, columns: Sequence[str], unique: Sequence[str]) -> str:
-    """An insert of one row that does nothing, and changes 0 rows, where the unique columns are taken."""
+    """An insert of one row, which counts as 1 row changed; where the unique columns are taken, as another number.
+
+    On MySQL and MariaDB a row that is there has its last column, a number, raised by a thousandth, so that 2 rows
+    count as changed: a row that stays as it is would count as 0 or as 1, as the driver asks. ``INSERT IGNORE`` is
+    no way, since it makes warnings of other errors: a row that the database refuses would pass for one that is there.
+    """
     names, values = ", ".join(columns), _marks(columns)
-    if vendor in ("mysql", "mariadb"):
-        return f"INSERT IGNORE INTO {table} ({names}) VALUES ({values})"
+    if vendor in _LOOSE:
+        last = columns[-1]
+        return (
+            f"INSERT INTO {table} ({names}) VALUES ({values}) "
+            f"ON DUPLICATE KEY UPDATE {last} = {table}.{last} + 0.001"
+        )
     return f"INSERT INTO {table} ({names}) VALUES ({values}) ON CONFLICT ({', '.join(unique)}) DO NOTHING"
 
 

@@ -24,16 +24,18 @@ from functools import partial
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
+from sqlalchemy.dialects import mysql
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
 from pubsub_facade.contrib import _outbox_store
-from pubsub_facade.contrib._exactly_once import MARK_COLUMNS, MARK_UNIQUE, Effect
+from pubsub_facade.contrib._exactly_once import MARK_COLUMNS, MARK_UNIQUE, Effect, mark_id
 from pubsub_facade.contrib._outbox_sql import OutboxSql, ignoring, notify_statements
 from pubsub_facade.contrib._outbox_store import LEASE, Link, SqlStore, ThreadLink, postgres_wakes
 from pubsub_facade.contrib.outbox import Store, columns_of, prepare
 from pubsub_facade.errors import ConfigError
-from pubsub_facade.message import Delivery, HeaderValue, Message
+from pubsub_facade.message import MAX_ID, Delivery, HeaderValue, Message
+from pubsub_facade.subscription import MAX_SUBSCRIPTION
 
 T = TypeVar("T")
 
@@ -176,7 +178,8 @@ class Inbox:
     """A table of marks, and handlers whose effect happens exactly once.
 
     A mark is the pair of subscription and message id, written in the transaction of the handler's effect: a
-    message that comes twice finds its mark and does nothing.
+    message that comes twice finds its mark and does nothing. On MySQL and MariaDB both are bytes (UTF-8), since text
+    is compared there without regard to case.
 
     Arguments:
         metadata: where the table is defined.
@@ -187,8 +190,8 @@ class Inbox:
         self.table = sa.Table(
             name,
             metadata,
-            sa.Column("subscription", sa.String(100), primary_key=True),
-            sa.Column("message_id", sa.String(200), primary_key=True),
+            sa.Column("subscription", _exact(MAX_SUBSCRIPTION), primary_key=True),
+            sa.Column("message_id", _exact(MAX_ID), primary_key=True),
             sa.Column("handled", sa.Double, nullable=False, index=True),
         )
 
@@ -241,7 +244,9 @@ class Inbox:
             MARK_COLUMNS,
             MARK_UNIQUE,
         )
-        return _session(connection).change(sql, (delivery.subscription, delivery.id, time.time())) == 1
+        return (
+            _session(connection).change(sql, (delivery.subscription, mark_id(delivery.id), time.time())) == 1
+        )
 
     async def afirst(self, session: AsyncSession, delivery: Delivery) -> bool:
         """`first` for an `AsyncSession`."""
@@ -262,6 +267,15 @@ class Inbox:
                 sa.delete(table).where(table.c.subscription == subscription, table.c.message_id == id)
             )
         return len(old)
+
+
+def _exact(characters: int) -> sa.String:
+    """Text of which no two count as equal.
+
+    MySQL and MariaDB compare text without regard to case, accents and trailing blanks; the collations that do not
+    are named otherwise on each, hence bytes: at most four a character.
+    """
+    return sa.String(characters).with_variant(mysql.VARBINARY(4 * characters), "mysql", "mariadb")
 
 
 # -- links ----------------------------------------------------------------------------------------

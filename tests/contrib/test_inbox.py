@@ -17,6 +17,17 @@ from pubsub_facade.testing.hub import TestHub
 
 from .conftest import ALL
 
+ASYNC = ("sqlite+aiosqlite", "postgresql+psycopg", "postgresql+asyncpg")
+
+ALIKE = (
+    *("ab", "aB", "AB"),  # by case
+    *("áb", "a\u0301b", "ａｂ"),  # by accent, by composition, by width
+    *("ab ", "ab  ", "ab\t"),  # by what is trailing
+    *("🙂", "🙃", "straße", "strasse"),
+    *("x" * 200, "x" * 201, "x" * 200 + "X", "x" * 250, "x" * 249 + "y"),  # by what is past the column
+)
+"""Ids that one or another collation, or a column's end, takes for the same."""
+
 
 class Payment(BaseModel):
     amount: int
@@ -41,9 +52,8 @@ class Books:
 
     def sum(self) -> int:
         with self.engine.connect() as connection:
-            return connection.execute(
-                sa.select(sa.func.coalesce(sa.func.sum(self.ledger.c.amount), 0))
-            ).scalar_one()
+            total = sa.select(sa.func.coalesce(sa.func.sum(self.ledger.c.amount), 0))
+            return int(connection.execute(total).scalar_one())
 
 
 @pytest.fixture(params=ALL)
@@ -95,6 +105,64 @@ def test_two_subscriptions_each_have_the_effect(books: Books, pubsub: PubSub, pu
     assert books.sum() == 10
 
 
+def test_ids_that_are_almost_the_same_each_have_their_effect(
+    books: Books, pubsub: PubSub, pubsub_hub: TestHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _admit_foreign_ids(monkeypatch)
+
+    @pubsub.subscriber("pay", subscription="ledger")
+    @books.inbox.exactly_once(sessionmaker(books.engine))
+    def book(amount: int, session: Session) -> None:
+        session.execute(sa.insert(books.ledger).values(amount=amount))
+
+    pubsub.start()
+    for _ in range(2):
+        pubsub.publish_many([Message("pay", 1 << bit, id=id) for bit, id in enumerate(ALIKE)])
+    pubsub_hub.drain()
+    assert bin(books.sum()) == bin((1 << len(ALIKE)) - 1)
+
+
+def test_subscriptions_that_are_almost_the_same_each_have_their_effect(
+    books: Books, pubsub: PubSub, pubsub_hub: TestHub
+) -> None:
+    for name in ("Ledger", "ledger"):
+
+        @pubsub.subscriber("pay", subscription=name)
+        @books.inbox.exactly_once(sessionmaker(books.engine))
+        def book(amount: int, session: Session) -> None:
+            session.execute(sa.insert(books.ledger).values(amount=amount))
+
+    pubsub.start()
+    pubsub.publish("pay", 5, id="same")
+    pubsub_hub.drain()
+    assert books.sum() == 10
+
+
+def test_a_mark_that_the_database_refuses_is_not_taken_for_one_that_is_there(
+    books: Books, pubsub: PubSub, pubsub_hub: TestHub
+) -> None:
+    with books.engine.begin() as connection:
+        if books.engine.dialect.name == "sqlite":
+            refuse = "CREATE TRIGGER {0}_no BEFORE INSERT ON {0} BEGIN SELECT RAISE(ABORT, 'no'); END"
+        else:
+            refuse = "ALTER TABLE {0} ADD CONSTRAINT {0}_no CHECK (handled < 0)"
+        connection.exec_driver_sql(refuse.format(books.inbox.table.name))
+
+    @pubsub.subscriber("pay", subscription="ledger", max_attempts=1)
+    @books.inbox.exactly_once(sessionmaker(books.engine))
+    def book(delivery: Delivery, session: Session) -> None: ...
+
+    pubsub.start()
+    pubsub.publish("pay", 1, id="refused")
+    pubsub_hub.drain()
+    assert [letter.id for letter in pubsub.dead_letters("ledger")] == ["refused"]
+
+
+def _admit_foreign_ids(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let ids be published that only messages of foreign clients have."""
+    monkeypatch.setattr("pubsub_facade.message.MAX_ID", 10_000)
+
+
 def test_old_marks_are_pruned_a_few_at_a_time(books: Books, pubsub: PubSub, pubsub_hub: TestHub) -> None:
     @pubsub.subscriber("pay", subscription="ledger")
     @books.inbox.exactly_once(sessionmaker(books.engine))
@@ -109,10 +177,15 @@ def test_old_marks_are_pruned_a_few_at_a_time(books: Books, pubsub: PubSub, pubs
         assert books.inbox.prune(session, 1e12) == 2
 
 
-@pytest.mark.parametrize("driver", ["sqlite+aiosqlite", "postgresql+psycopg", "postgresql+asyncpg"])
+@pytest.mark.parametrize("driver", ASYNC)
 async def test_an_async_handler_has_its_effect_once(
-    driver: str, database_url: Callable[[str], str], async_pubsub: AsyncPubSub, pubsub_hub: TestHub
+    driver: str,
+    database_url: Callable[[str], str],
+    async_pubsub: AsyncPubSub,
+    pubsub_hub: TestHub,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    _admit_foreign_ids(monkeypatch)
     name, _, dialect = driver.partition("+")
     books = Books(database_url(name))
     engine = create_async_engine(sa.make_url(books.url).set(drivername=f"{name}+{dialect}"))
@@ -124,9 +197,11 @@ async def test_an_async_handler_has_its_effect_once(
 
     await async_pubsub.start()
     for _ in range(2):
-        await async_pubsub.publish_many([Message("pay", {"amount": n}, id=f"p{n}") for n in range(10)])
+        await async_pubsub.publish_many(
+            [Message("pay", {"amount": 1 << bit}, id=id) for bit, id in enumerate(ALIKE)]
+        )
     await pubsub_hub.adrain()
-    assert books.sum() == sum(range(10))
+    assert bin(books.sum()) == bin((1 << len(ALIKE)) - 1)
     await async_pubsub.close()
     await engine.dispose()
     books.metadata.drop_all(books.engine)
