@@ -188,6 +188,26 @@ async def test_a_refused_row_waits_holds_its_key_only_and_is_set_aside_in_the_en
     assert (row.attempts, "refuses poison" in row.error) == (3, True)
 
 
+async def test_a_refused_row_does_not_hold_keys_that_are_almost_its_own(
+    desk: Desk, running: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _refuse(monkeypatch, "poison", whole=True)
+    desk.write("a", "poison", key="ké")
+    running(backoff=Backoff(3600, 3600, jitter=0))
+    await until(lambda: _attempts(desk) == [1])
+    alike = ["Ké", "ke", "ké ", "ke\u0301", "🙂"]
+    for key in ["ké", *alike]:
+        desk.write("a", key, key=key)
+    await until(lambda: _attempts(desk) == [0, 1])
+    assert sorted(message.payload for message in desk.published) == sorted(alike)
+
+
+def _attempts(desk: Desk) -> list[int]:
+    """Of the rows that are there."""
+    with desk.engine.connect() as connection:
+        return sorted(connection.execute(sa.select(desk.outbox.table.c.attempts)).scalars())
+
+
 async def test_one_poison_row_does_not_fail_the_rest_of_its_batch(
     desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
