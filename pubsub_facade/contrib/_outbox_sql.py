@@ -265,16 +265,19 @@ def ignoring(vendor: str, table: str, columns: Sequence[str], unique: Sequence[s
 def notify_statements(table: str) -> list[str]:
     """PostgreSQL: a trigger that notifies once a statement, at commit; the payload is empty, so twins merge."""
     return [
-        f"CREATE OR REPLACE FUNCTION {table}_notify() RETURNS trigger LANGUAGE plpgsql AS "
+        f'CREATE OR REPLACE FUNCTION "{table}_notify"() RETURNS trigger LANGUAGE plpgsql AS '
         f"$$BEGIN PERFORM pg_notify('{table}', ''); RETURN NULL; END$$",
-        f"CREATE TRIGGER {table}_notify AFTER INSERT ON {table} "
-        f"FOR EACH STATEMENT EXECUTE FUNCTION {table}_notify()",
+        f'CREATE TRIGGER "{table}_notify" AFTER INSERT ON "{table}" '
+        f'FOR EACH STATEMENT EXECUTE FUNCTION "{table}_notify"()',
     ]
 
 
 def unnotify_statements(table: str) -> list[str]:
     """What takes `notify_statements` back."""
-    return [f"DROP TRIGGER IF EXISTS {table}_notify ON {table}", f"DROP FUNCTION IF EXISTS {table}_notify()"]
+    return [
+        f'DROP TRIGGER IF EXISTS "{table}_notify" ON "{table}"',
+        f'DROP FUNCTION IF EXISTS "{table}_notify"()',
+    ]
 
 
 def _marks(values: Sequence[Any]) -> str:

@@ -244,7 +244,7 @@ async def postgres_wakes(connect: Callable[[], Any], channel: str) -> AsyncItera
         nonlocal connection
         connection = connect()
         if not cancelled:
-            connection.execute(f"LISTEN {channel}")
+            connection.execute(f'LISTEN "{channel}"')
         if cancelled:
             connection.close()  # nobody else will: who asked is gone
 

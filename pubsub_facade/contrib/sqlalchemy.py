@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -155,9 +155,11 @@ class Outbox:
             keep: keep sent rows until they are pruned.
         """
         sync = engine.sync_engine if isinstance(engine, AsyncEngine) else engine
-        wakes = None
+        wakes: Callable[[], AsyncIterator[None]] | None = None
         if sync.dialect.name == "postgresql" and sync.dialect.driver.startswith("psycopg"):
             wakes = partial(postgres_wakes, partial(_psycopg, sync), self.table.name)
+        elif isinstance(engine, AsyncEngine) and sync.dialect.driver == "asyncpg":
+            wakes = partial(_asyncpg_wakes, engine, self.table.name)
         link: Callable[[], Link] = (
             partial(_AsyncLink, engine)
             if isinstance(engine, AsyncEngine)
@@ -167,8 +169,12 @@ class Outbox:
         return SqlStore(describe, link, wakes, lease, keep=keep)
 
     def notify_ddl(self) -> str:
-        """The trigger that wakes relays on PostgreSQL, for a migration; ``create_all`` makes it by itself."""
-        return "\n".join(f"{statement};" for statement in self._notify_statements())
+        """The trigger that wakes relays on PostgreSQL, for a migration; ``create_all`` makes it by itself.
+
+        One statement, since asyncpg takes no two at once.
+        """
+        statements = "".join(f"{statement};\n" for statement in self._notify_statements())
+        return f"DO $do$BEGIN\n{statements}END$do$"
 
     def _notify_statements(self) -> list[str]:
         return notify_statements(self.table.name)
@@ -369,3 +375,27 @@ def _psycopg(engine: sa.Engine) -> Any:
 
     args, options = engine.dialect.create_connect_args(engine.url)
     return psycopg.connect(*args, **options, autocommit=True)
+
+
+async def _asyncpg_wakes(engine: AsyncEngine, channel: str) -> AsyncIterator[None]:
+    """As `postgres_wakes`, on a connection of an engine on asyncpg."""
+    told = asyncio.Event()
+
+    def tell(*_: Any) -> None:
+        told.set()
+
+    connection = await engine.connect()
+    try:
+        driver: Any = (await connection.get_raw_connection()).driver_connection
+        driver.add_termination_listener(tell)
+        await driver.add_listener(channel, tell)
+        yield  # what was committed before the first LISTEN
+        while not driver.is_closed():
+            await told.wait()
+            told.clear()
+            if not driver.is_closed():
+                yield
+        raise ConnectionError("the connection that listens is lost")
+    finally:
+        await connection.invalidate()
+        await connection.close()

@@ -8,6 +8,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
+import psycopg
 import pytest
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
@@ -316,6 +317,38 @@ async def test_an_async_engine_writes_and_relays(
         assert [message.payload for message in published] == list(range(50))
         stop.set()
         await relay
+    async with engine.begin() as connection:
+        await connection.run_sync(metadata.drop_all)
+    await engine.dispose()
+
+
+@pytest.mark.parametrize("driver", ["psycopg", "asyncpg"])
+async def test_the_trigger_of_a_migration_wakes_the_relay_until_its_connection_is_lost(
+    driver: str, database_url: Callable[[str], str]
+) -> None:
+    url = sa.make_url(database_url("postgresql"))
+    engine = create_async_engine(url.set(drivername=f"postgresql+{driver}"))
+    metadata = sa.MetaData()
+    outbox = Outbox(metadata, f"Outbox_{uuid.uuid4().hex[:12]}")
+    name = outbox.table.name
+    async with engine.begin() as connection:
+        await connection.run_sync(metadata.create_all)
+        await connection.exec_driver_sql(f'DROP FUNCTION "{name}_notify" CASCADE')
+        await connection.execute(sa.text(outbox.notify_ddl()))  # as Alembic's op.execute does
+    store = outbox.store(engine)
+    wakes = store.wakes()
+    await anext(wakes)  # listens from here on
+    async with AsyncSession(engine) as session, session.begin():
+        await outbox.apublish(session, "a", 1)
+    await asyncio.wait_for(anext(wakes), 10)
+    async with engine.begin() as connection:
+        await connection.exec_driver_sql(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+            f"WHERE query = 'LISTEN \"{name}\"' AND pid <> pg_backend_pid()"
+        )
+    with pytest.raises((psycopg.OperationalError, ConnectionError)):
+        await asyncio.wait_for(anext(wakes), 10)
+    await store.close()
     async with engine.begin() as connection:
         await connection.run_sync(metadata.drop_all)
     await engine.dispose()
