@@ -55,7 +55,7 @@ class Outbox:
     ) -> None:
         self.max_payload = max_payload
         big = sa.BigInteger().with_variant(sa.Integer, "sqlite")
-        large = sa.LargeBinary().with_variant(sa.LargeBinary(2**32 - 1), "mysql", "mariadb")
+        large = sa.LargeBinary().with_variant(mysql.LONGBLOB(), "mysql", "mariadb")
         self.table = sa.Table(
             name,
             metadata,

@@ -17,7 +17,7 @@ from pubsub_facade.testing.hub import TestHub
 
 from .conftest import ALL
 
-ASYNC = ("sqlite+aiosqlite", "postgresql+psycopg", "postgresql+asyncpg")
+ASYNC = ("sqlite+aiosqlite", "postgresql+psycopg", "postgresql+asyncpg", "mariadb+asyncmy")
 
 ALIKE = (
     *("ab", "aB", "AB"),  # by case

@@ -292,7 +292,9 @@ def test_the_hub_is_dropped_after_each_test() -> None:
     assert not [name for name in Hub._hubs if name.startswith("test-")]
 
 
-@pytest.mark.parametrize("driver", ["sqlite+aiosqlite", "postgresql+psycopg", "postgresql+asyncpg"])
+@pytest.mark.parametrize(
+    "driver", ["sqlite+aiosqlite", "postgresql+psycopg", "postgresql+asyncpg", "mariadb+asyncmy"]
+)
 async def test_an_async_engine_writes_and_relays(
     driver: str, database_url: Callable[[str], str], pubsub_hub: TestHub
 ) -> None:
