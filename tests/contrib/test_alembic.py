@@ -53,9 +53,10 @@ class Project:
 
     def __init__(self, folder: Path, url: sa.URL, template: str = "generic") -> None:
         self.folder = folder
+        self.url = url.render_as_string(hide_password=False)
         (folder / "tables.py").write_text(TABLES)
         self("init", "--template", template, "migrations")
-        self._edit("alembic.ini", "driver://user:pass@localhost/dbname", url.render_as_string(False))
+        self._edit("alembic.ini", "driver://user:pass@localhost/dbname", self.url)
         self._edit(
             "migrations/env.py",
             "target_metadata = None",
@@ -86,13 +87,11 @@ class Project:
         self("revision", "--autogenerate", "-m", "tables")
         (path,) = set((self.folder / "migrations" / "versions").glob("*.py")) - before
         text = path.read_text()
-        made = "    # ### end Alembic commands ###\n"
-        if (
-            "op.create_table('pubsub_outbox'" in text
-            and "postgresql" in (self.folder / "alembic.ini").read_text()
-        ):
-            trigger = "    from tables import outbox\n    op.execute(outbox.notify_ddl())\n"
-            text = text.replace(made, made + trigger, 1)
+        if "op.create_table('pubsub_outbox'" in text and "postgresql" in self.url:
+            up, down, rest = text.split("    # ### end Alembic commands ###\n")
+            up += "    from tables import outbox\n    op.execute(outbox.notify_ddl())\n"
+            down += "    op.execute('DROP FUNCTION pubsub_outbox_notify')\n"
+            text = up + down + rest
             path.write_text(text)
         return text
 
@@ -112,8 +111,10 @@ def test_a_revision_that_alembic_writes_makes_the_tables_and_takes_them_back(
         assert _tables(engine) == {"pubsub_outbox", "pubsub_outbox_shard", "pubsub_inbox", "alembic_version"}
         _use(engine, pubsub, pubsub_hub)
         if name == "postgresql":
-            assert _triggers(engine) == ["pubsub_outbox_notify"]
+            assert _notifying(engine) == (1, 1)
         project("downgrade", "base")
+        if name == "postgresql":
+            assert _notifying(engine) == (0, 0)
         assert _tables(engine) == {"alembic_version"}
         engine.dispose()
 
@@ -122,10 +123,17 @@ def _tables(engine: sa.Engine) -> set[str]:
     return set(sa.inspect(engine).get_table_names())
 
 
-def _triggers(engine: sa.Engine) -> list[str]:
+def _notifying(engine: sa.Engine) -> tuple[int, int]:
+    """How many triggers and functions of the outbox there are."""
+    named = "WHERE {} = 'pubsub_outbox_notify'"
     with engine.connect() as connection:
-        return list(
-            connection.execute(sa.text("SELECT tgname FROM pg_trigger WHERE NOT tgisinternal")).scalars()
+        return (
+            connection.exec_driver_sql(
+                f"SELECT COUNT(*) FROM pg_trigger {named.format('tgname')}"
+            ).scalar_one(),
+            connection.exec_driver_sql(
+                f"SELECT COUNT(*) FROM pg_proc {named.format('proname')}"
+            ).scalar_one(),
         )
 
 
