@@ -29,6 +29,7 @@ from .servers import HERE, environment
 ROWS = 20_000
 KEYS = 50
 AT_ONCE = 20  # rows in one transaction
+PAUSE = 0.02  # s between two transactions of a writer
 SEED = 6
 
 
@@ -67,7 +68,10 @@ class Relays:
 
 
 class Writers:
-    """Threads that write rows in transactions, one in ten rolled back; each key has one writer."""
+    """Threads that write rows in transactions, one in ten rolled back; each key has one writer.
+
+    They write at least ``rows`` together, and until it is enough.
+    """
 
     def __init__(self, engine: sa.Engine, outbox: Outbox, rows: int) -> None:
         self.committed: dict[str, list[str]] = {f"k{number}": [] for number in range(KEYS)}
@@ -75,15 +79,24 @@ class Writers:
         self._engine = engine
         self._outbox = outbox
         self._share = rows // 2
+        self._enough = threading.Event()
         self.threads = [threading.Thread(target=self._write, args=(number,)) for number in range(2)]
         for thread in self.threads:
             thread.start()
+
+    def join(self) -> None:
+        """Return when they have written their share."""
+        self._enough.set()
+        for thread in self.threads:
+            thread.join(120)
+            assert not thread.is_alive()
 
     def _write(self, which: int) -> None:
         draw = random.Random(SEED + which)
         keys = [key for number, key in enumerate(self.committed) if number % 2 == which]
         written = 0
-        while written < self._share:
+        while written < self._share or not self._enough.is_set():
+            time.sleep(PAUSE)
             with Session(self._engine) as session:
                 sent = [
                     (key, self._outbox.publish(session, "a.b", {"n": n}, key=key).id)
@@ -121,14 +134,13 @@ def test_relays_and_broker_are_killed_and_every_committed_event_is_published_in_
             writers = Writers(engine, outbox, ROWS)
             for number in range(10):
                 time.sleep(draw.uniform(0.2, 1.0))  # when the fault strikes, not what is waited for
+                wait_until(lambda: _rows(engine, outbox) > 0, 10, "rows that the fault finds waiting")
                 if number in (3, 7):
                     broker.kill()
                     broker.start()
                 else:
                     relays.kill_one(draw)
-            for thread in writers.threads:
-                thread.join(120)
-                assert not thread.is_alive()
+            writers.join()
             wait_until(lambda: _rows(engine, outbox) == 0, 90, "the outbox to be empty")
             assert relays.stop() == [0, 0, 0]
             arrived = _arrived(pubsub, sum(map(len, writers.committed.values())))
@@ -136,10 +148,12 @@ def test_relays_and_broker_are_killed_and_every_committed_event_is_published_in_
         broker.remove()
         metadata.drop_all(engine)
         engine.dispose()
+    ids = [id for ids in arrived.values() for id in ids]
+    print(f"{sum(map(len, writers.committed.values()))} rows, {len(ids) - len(set(ids))} twins")
     for key, committed in writers.committed.items():
         assert list(dict.fromkeys(arrived[key])) == committed, f"{key}: lost, or out of order"
     assert writers.rolled_back
-    assert not writers.rolled_back & {id for ids in arrived.values() for id in ids}
+    assert not writers.rolled_back & set(ids)
 
 
 def _rows(engine: sa.Engine, outbox: Outbox) -> int:
