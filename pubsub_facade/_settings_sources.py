@@ -320,6 +320,13 @@ def _outside(name: str, *sources: Mapping[str, str | None]) -> str | None:
     return None
 
 
+def named_config() -> str | None:
+    """The config file that ``PUBSUB_CONFIG`` names, in the environment or in ``.env``."""
+    environment = dict(os.environ)
+    env_file = _outside("env_file", environment)
+    return _outside("config", environment, _dotenv(Path(env_file or ENV_FILE), named=bool(env_file)))
+
+
 def _dotenv(path: Path, *, named: bool) -> dict[str, str | None]:
     if not named and not path.is_file():
         return {}

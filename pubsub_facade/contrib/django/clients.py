@@ -1,7 +1,8 @@
 """The clients of this process, one for each alias of the ``PUBSUB`` setting, made at first use and kept.
 
 ``PUBSUB`` is a mapping of `Settings` fields, or a URL, or a mapping of aliases (one is ``"default"``) to these;
-without it the usual places say: the environment, ``pubsub.toml`` in the working directory or in ``BASE_DIR``.
+without it the usual places say: the environment, and a config file: the one that ``PUBSUB_CONFIG`` names, else
+``pubsub.toml`` in the current folder, else in ``BASE_DIR``.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from django.conf import settings as django_settings
 from django.core.signals import setting_changed
 from django.dispatch import receiver
 
+from pubsub_facade._settings_sources import named_config
 from pubsub_facade.errors import ConfigError
 from pubsub_facade.settings import CONFIG_FILE, Settings
 from pubsub_facade.sync import PubSub
@@ -54,7 +56,7 @@ def load_settings(value: Any, config: str | None = None, **overrides: Any) -> Se
         raise ConfigError(
             f"{SETTING} is of type {type(value).__name__}: give a mapping of settings, a URL, or aliases"
         )
-    if config is None and not Path(CONFIG_FILE).is_file():
+    if config is None and named_config() is None and not Path(CONFIG_FILE).is_file():
         there = Path(str(getattr(django_settings, "BASE_DIR", ".")), CONFIG_FILE)
         config = str(there) if there.is_file() else None
     try:
