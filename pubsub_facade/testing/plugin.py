@@ -11,8 +11,10 @@ import inspect
 import os
 import shlex
 import subprocess
+import sys
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,21 +75,45 @@ def pubsub_hub() -> Iterator[TestHub]:
 
 
 @pytest.fixture
-def pubsub_settings(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Settings:
+def pubsub_settings(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Settings]:
     """Settings of this test's broker: its own memory hub, or the one of ``@pytest.mark.broker("NAME")``.
 
-    ``PUBSUB_URL`` names the hub too, for clients that the code under test makes itself.
+    ``PUBSUB_URL`` names the hub too, for clients that the code under test makes itself. The clients of
+    ``pubsub_facade.contrib.django`` are there, whatever the ``PUBSUB`` setting says, and are as before at the end.
     """
+    settings: Settings
     if request.node.get_closest_marker("broker") is not None:
-        found: Settings = request.getfixturevalue("broker")
-        return found
-    hub: TestHub = request.getfixturevalue("pubsub_hub")
-    for name in [name for name in os.environ if name.upper().startswith("PUBSUB_")]:
-        monkeypatch.delenv(name)
-    settings = hub.settings(backend="memory", namespace="test")
-    monkeypatch.setenv("PUBSUB_URL", hub.url)
-    monkeypatch.setenv("PUBSUB_NAMESPACE", "test")
-    return settings
+        settings = request.getfixturevalue("broker")
+    else:
+        hub: TestHub = request.getfixturevalue("pubsub_hub")
+        for name in [name for name in os.environ if name.upper().startswith("PUBSUB_")]:
+            monkeypatch.delenv(name)
+        settings = hub.settings(backend="memory", namespace="test")
+        monkeypatch.setenv("PUBSUB_URL", hub.url)
+        monkeypatch.setenv("PUBSUB_NAMESPACE", "test")
+    with _djangos_clients_on(settings):
+        yield settings
+
+
+@contextmanager
+def _djangos_clients_on(settings: Settings) -> Iterator[None]:
+    """Point the clients of `contrib.django` at ``settings`` and back, where this process has it."""
+    module = "pubsub_facade.contrib.django.clients"
+    clients: Any = sys.modules.get(module)
+    if clients is None or not clients.django_settings.configured:
+        yield
+        if module in sys.modules:  # first imported, or Django first set up, by the test
+            sys.modules[module].close_all()
+        return
+    from pubsub_facade.contrib.django.test import override
+
+    with override(settings):
+        there = clients._clients.values() if settings.backend != "memory" else ()
+        declared = [(client, _declared(client._client)) for client in there]
+        yield
+        for client, names in declared:
+            for name in names:
+                client.delete(name)
 
 
 @pytest.fixture

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
+import sqlite3
 import sys
 
 import pytest
@@ -123,18 +125,63 @@ def test_async_tests_run_under_pytest_asyncio_in_both_modes(pytester: pytest.Pyt
     run(pytester, ASYNC.format(mark="@pytest.mark.asyncio"), mode="strict").assert_outcomes(passed=2)
 
 
-def test_async_tests_run_under_anyio(pytester: pytest.Pytester) -> None:
-    text = (
-        ASYNC.format(mark="@pytest.mark.anyio")
-        + """
+ASYNC_BY_ANYIO = (
+    ASYNC.format(mark="@pytest.mark.anyio")
+    + """
     @pytest.fixture
     def anyio_backend():
         return "asyncio"
-    """
-    )
-    run(pytester, text, "-p", "no:asyncio", "-W", "ignore::pytest.PytestConfigWarning").assert_outcomes(
-        passed=2
-    )
+"""
+)
+
+
+def test_async_tests_run_under_anyio(pytester: pytest.Pytester) -> None:
+    run(
+        pytester, ASYNC_BY_ANYIO, "-p", "no:asyncio", "-W", "ignore::pytest.PytestConfigWarning"
+    ).assert_outcomes(passed=2)
+
+
+@pytest.mark.parametrize("mode", ["strict", "auto"])
+def test_async_tests_run_under_anyio_with_pytest_asyncio_there_too(
+    pytester: pytest.Pytester, mode: str
+) -> None:
+    result = run(pytester, ASYNC_BY_ANYIO, mode=mode)
+    result.assert_outcomes(passed=2)
+    result.stdout.fnmatch_lines([f"*asyncio: mode=*{mode.upper()}*"])
+
+
+LEAVES = """
+    import pytest
+    from pubsub_facade import Retry
+
+    @pytest.mark.parametrize("n", range(2))
+    def test_it(pubsub, pubsub_hub, published, n):
+        assert len(published) == 0
+        assert pubsub.backlog("kept").waiting == 0
+        seen = []
+
+        @pubsub.subscriber("a", subscription="s")
+        def handle(payload: int, delivery) -> None:
+            seen.append((payload, delivery.attempt))
+            raise Retry(3600)
+
+        pubsub.start()
+        pubsub_hub.advance(7200)
+        pubsub_hub.drain()
+        assert seen == []
+        with pubsub.subscribe("b", subscription="kept"):
+            pass
+        pubsub.publish("b", "nobody takes it")
+        pubsub.publish("b", "later", delay=3600)
+        pubsub.publish("a", n)
+        pubsub_hub.drain()
+        assert seen == [(n, 1)]
+        assert pubsub.backlog("kept").waiting == 1
+"""
+
+
+def test_what_one_test_leaves_behind_the_next_does_not_see(pytester: pytest.Pytester) -> None:
+    run(pytester, LEAVES).assert_outcomes(passed=2)
 
 
 def test_it_runs_on_several_processes(pytester: pytest.Pytester) -> None:
@@ -168,6 +215,143 @@ def test_clients_made_by_the_code_under_test_meet_on_the_hub(pytester: pytest.Py
         """,
     )
     result.assert_outcomes(passed=1)
+
+
+DJANGO_SETTINGS = """
+    from pathlib import Path
+
+    SECRET_KEY = "only-for-tests"
+    INSTALLED_APPS = {apps}
+    DATABASES = {{"default": {{"ENGINE": "django.db.backends.sqlite3", "NAME": ":memory:"}}}}
+    USE_TZ = True
+    BASE_DIR = Path(__file__).parent
+    PUBSUB = {pubsub}
+"""
+
+DJANGO_TESTS = """
+    import pytest
+    from pubsub_facade.contrib.django import client, publish
+
+    before = []
+
+    def test_a_client_is_made_without_a_fixture():
+        before.append(client())
+
+    @pytest.mark.parametrize("n", range(3))
+    def test_it(published, n):
+        assert client() is not before[0]
+        publish("a", n)
+        assert [message.payload for message in published] == [n]
+
+    def test_the_client_of_the_fixture_meets_it(pubsub, published):
+        with pubsub.subscribe("a", subscription="s") as stream:
+            publish("a", "here")
+            delivery = stream.receive(5)
+            assert delivery.payload == "here"
+            delivery.ack()
+
+    def test_the_client_from_before_is_back():
+        assert client() is before[0]
+"""
+
+
+def run_with_django(
+    pytester: pytest.Pytester,
+    text: str,
+    setting: str = "None",
+    *,
+    apps: str = '["pubsub_facade.contrib.django"]',
+    options: tuple[str, ...] = (),
+) -> pytest.RunResult:
+    """With pytest-django, in a process of its own: Django is set up but once in one."""
+    pytester.makepyfile(site_settings=DJANGO_SETTINGS.format(apps=apps, pubsub=setting), test_site=text)
+    ini = "" if "no:django" in options else "DJANGO_SETTINGS_MODULE=site_settings\n"
+    pytester.makeini(
+        f"[pytest]\npythonpath=.\nfilterwarnings=error\nasyncio_default_fixture_loop_scope=function\n{ini}"
+    )
+    return pytester.runpytest_subprocess(
+        "-p", "no:cacheprovider", "--strict-config", *options, "test_site.py"
+    )
+
+
+# Nobody answers on port 1: what reaches the setting's broker fails after the time given here.
+@pytest.mark.parametrize(
+    "setting", ["None", '{"url": "amqp://127.0.0.1:1", "publish_timeout": 1}'], ids=["unset", "a broker"]
+)
+def test_each_django_test_sees_its_own_messages(pytester: pytest.Pytester, setting: str) -> None:
+    run_with_django(pytester, DJANGO_TESTS, setting).assert_outcomes(passed=6)
+
+
+def test_every_alias_of_a_django_test_is_on_its_hub(pytester: pytest.Pytester) -> None:
+    text = """
+        from pubsub_facade.contrib.django import client, publish
+
+        def test_it(published):
+            for alias in ("default", "audit"):
+                with client(alias).subscribe("#", subscription="s") as stream:
+                    publish("a", alias, alias=alias)
+                    delivery = stream.receive(5)
+                    assert delivery.payload == alias
+                    delivery.ack()
+            assert [message.payload for message in published] == ["default", "audit"]
+            assert client("default").settings.namespace != client("audit").settings.namespace
+    """
+    run_with_django(
+        pytester, text, '{"default": "amqp://127.0.0.1:1", "audit": "kafka://127.0.0.1:1"}'
+    ).assert_outcomes(passed=1)
+
+
+def test_a_django_test_with_a_marker_is_on_that_broker_and_leaves_no_subscription(
+    pytester: pytest.Pytester,
+) -> None:
+    folder = pytester.mkdir(".brokers")
+    file = folder / "test.db"
+    (folder / "pubsub.sqlite.toml").write_text(f'backend = "sqlite"\n[sqlite]\npath = "{file}"\n')
+    text = """
+        import pytest
+        from pubsub_facade.contrib.django import client
+
+        @pytest.mark.broker("sqlite")
+        def test_it(pubsub):
+            with client().subscribe("a", subscription="s") as stream:
+                pubsub.publish("a", 1)
+                delivery = stream.receive(5)
+                assert delivery.payload == 1
+                delivery.ack()
+    """
+    run_with_django(pytester, text, '"amqp://127.0.0.1:1"').assert_outcomes(passed=1)
+    with contextlib.closing(sqlite3.connect(file)) as there:
+        assert there.execute("SELECT COUNT(*) FROM messages").fetchone() == (1,)
+        assert there.execute("SELECT name FROM subscriptions").fetchall() == []
+
+
+def test_a_django_client_that_a_test_imports_is_gone_after_it(pytester: pytest.Pytester) -> None:
+    text = """
+        import sys
+
+        def test_it(published):
+            assert "pubsub_facade.contrib.django.clients" not in sys.modules
+            import os
+            os.environ["DJANGO_SETTINGS_MODULE"] = "site_settings"
+            from pubsub_facade.contrib.django import publish
+            publish("a", 1)
+            assert published.one("a").payload == 1
+
+        def test_without_a_fixture():
+            from pubsub_facade.contrib.django.clients import _clients
+            assert _clients == {}
+    """
+    run_with_django(pytester, text, apps="[]", options=("-p", "no:django")).assert_outcomes(passed=2)
+
+
+def test_it_imports_no_django(pytester: pytest.Pytester) -> None:
+    text = """
+        import sys
+
+        def test_it(pubsub, published):
+            assert "django" not in sys.modules
+    """
+    run_with_django(pytester, text, options=("-p", "no:django")).assert_outcomes(passed=1)
 
 
 def test_a_required_broker_that_is_absent_fails_and_one_left_out_by_name_is_skipped(

@@ -34,17 +34,18 @@ from pubsub_facade.workers import blocking
 
 @contextmanager
 def override(settings: Settings | None = None) -> Iterator[TestHub | None]:
-    """Point every alias at ``settings``, or at a memory hub of its own, which is what it yields; then back."""
+    """Point the clients of all aliases at ``settings``, or at a memory hub of its own, which is what it yields; then
+    back. Each alias but the default one has a namespace of its own there.
+    """
     hub = None if settings is not None else TestHub(f"test-{uuid.uuid4().hex}")
+    if hub is not None:
+        settings = hub.settings(backend="memory", namespace="alias")
+    assert settings is not None
     before = dict(clients._clients)
     clients._clients.clear()
     for number, alias in enumerate(aliases()):
-        if hub is not None:
-            there = hub.settings(backend="memory", namespace=f"alias{number}")
-        else:
-            assert settings is not None
-            there = settings
-        clients._clients[alias] = PubSub(there)
+        namespace = f"{settings.namespace}-{number}" if number else settings.namespace
+        clients._clients[alias] = PubSub(settings.model_copy(update={"namespace": namespace}))
     try:
         yield hub
     finally:
