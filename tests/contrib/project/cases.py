@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import io
-import json
 import threading
 import time
 from typing import Any
@@ -33,7 +32,7 @@ from pubsub_facade.contrib.django.models import InboxMark, OutboxMessage
 from pubsub_facade.contrib.django.relaying import lag, store
 from pubsub_facade.contrib.django.subscribing import _collected, subscribers_of
 from pubsub_facade.contrib.django.test import capture, deliver, override
-from pubsub_facade.contrib.outbox import Relay, prepare
+from pubsub_facade.contrib.outbox import Lag, Relay, prepare
 from pubsub_facade.message import Message
 from pubsub_facade.testing.hub import Published
 
@@ -347,15 +346,26 @@ def test_the_trigger_exists_on_postgresql() -> None:
 
 
 @pytest.mark.django_db(transaction=True)
-def test_several_relays_and_backlog_json() -> None:
+def test_several_relays_publish_each_row_once_and_each_key_in_order() -> None:
     with override():
         publish_many_on_commit([Message("a", n, key=str(n % 3)) for n in range(100)])
         settings = client().settings
 
-        async def both() -> list[int]:
+        async def drain() -> list[int]:
             async with AsyncPubSub(settings) as pubsub:
                 return await asyncio.gather(*(Relay(pubsub, store(), batch=10).drain() for _ in range(3)))
 
-        counts = asyncio.run(both())
-        assert OutboxMessage.objects.count() == 100 - sum(counts)
-        assert json.dumps(str(asyncio.run(lag())))
+        with client().subscribe("a", subscription="s") as stream:
+            counts = asyncio.run(drain())
+            received = []
+            for _ in range(sum(counts)):
+                delivery = stream.receive(5)
+                received.append(delivery.payload)
+                delivery.ack()
+            with pytest.raises(TimeoutError):
+                stream.receive(0.05)
+        assert sorted(received) == list(range(100))
+        for key in range(3):
+            assert [number for number in received if number % 3 == key] == list(range(key, 100, 3))
+        assert not OutboxMessage.objects.exists()
+        assert asyncio.run(lag()) == Lag(0, 0, None)
