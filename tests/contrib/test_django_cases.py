@@ -6,13 +6,17 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
+from .conftest import ALL
 from .test_django import HERE, environment
 
 
-def run(cases: str, url: str, folder: Path, **more: str) -> int:
-    """Run a file of cases; how many passed, and none may do anything else."""
+def run(cases: str, url: str, folder: Path, **more: str) -> None:
+    """Run a file of cases: all pass, none is skipped."""
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--create-db", "-W", "error",
          "-o", "addopts=", "--timeout", "60", "--rootdir", str(HERE / "project"), str(HERE / "project" / cases)],
@@ -24,10 +28,16 @@ def run(cases: str, url: str, folder: Path, **more: str) -> int:
         check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    told = re.search(r"(\d+) passed in", done.stdout)
-    assert told, done.stdout
-    return int(told[1])
+    assert re.search(r"^\d+ passed in", done.stdout, re.MULTILINE), done.stdout
 
 
 def test_settings_come_from_the_places_that_are_told(tmp_path: Path) -> None:
-    assert run("settings_cases.py", "sqlite:///app.sqlite3", tmp_path) == 8
+    run("settings_cases.py", "sqlite:///app.sqlite3", tmp_path)
+
+
+@pytest.mark.parametrize("database", ALL)
+def test_a_second_database_and_a_second_alias(
+    database: str, database_url: Callable[[str], str], tmp_path: Path
+) -> None:
+    first, second = database_url(database), database_url(database)
+    run("databases_cases.py", first, tmp_path, OTHER_DATABASE_URL=second)

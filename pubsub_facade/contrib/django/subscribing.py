@@ -23,7 +23,7 @@ from pubsub_facade.errors import ConfigError
 from pubsub_facade.handler import Handler
 from pubsub_facade.message import Delivery
 from pubsub_facade.subscribers import DEFAULT_BACKOFF, Registration, Subscribers
-from pubsub_facade.subscription import Backoff, Subscription, patterns_of
+from pubsub_facade.subscription import MAX_SUBSCRIPTION, Backoff, Subscription, patterns_of
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -67,32 +67,52 @@ def subscriber(
     declared = Subscription(subscription, patterns_of(patterns), ordered, filter, max_attempts, backoff)
 
     def collect(function: Function) -> Function:
-        handler = Handler(_in_django(function, exactly_once))
+        handler = Handler(_in_django(function, declared, exactly_once, alias))
         subscribers_of(alias).add(Registration(handler, declared, concurrency))
         return function
 
     return collect
 
 
-def _in_django(function: Callable[..., Any], exactly_once: bool | str) -> Callable[..., Any]:
-    if exactly_once and inspect.iscoroutinefunction(function):
-        raise ConfigError(
-            f"handler {function.__qualname__} is async, and has no transactions in Django: make it a plain def, or "
-            "leave out exactly_once"
-        )
+def _in_django(
+    function: Callable[..., Any], declared: Subscription, exactly_once: bool | str, alias: str
+) -> Callable[..., Any]:
+    if exactly_once:
+        _check_once(function, declared, exactly_once, alias)
     Handler(function)  # refuses what cannot be called, in its own words
     effect = Effect(function)
     if effect.is_async:
         return effect.dress(_async(effect))
-    return effect.dress(_sync(effect, exactly_once))
+    return effect.dress(_sync(effect, exactly_once, alias))
 
 
-def _sync(effect: Effect, exactly_once: bool | str) -> Callable[[Any, Delivery], None]:
+def _check_once(
+    function: Callable[..., Any], declared: Subscription, database: bool | str, alias: str
+) -> None:
+    if inspect.iscoroutinefunction(function):
+        raise ConfigError(
+            f"handler {function.__qualname__} is async, and has no transactions in Django: make it a plain def, or "
+            "leave out exactly_once"
+        )
+    if isinstance(database, str) and database not in connections:
+        raise ConfigError(
+            f"handler {function.__qualname__}: exactly_once {database!r} is no database alias: DATABASES has "
+            f"{', '.join(connections)}"
+        )
+    marked_as = _marked_as(declared.name or "", alias)
+    if len(marked_as) > MAX_SUBSCRIPTION:
+        raise ConfigError(
+            f"handler {function.__qualname__}: {marked_as!r}, as which exactly_once marks messages, is over "
+            f"{MAX_SUBSCRIPTION} characters: shorten the name of the alias or of the subscription"
+        )
+
+
+def _sync(effect: Effect, exactly_once: bool | str, alias: str) -> Callable[[Any, Delivery], None]:
     def handle(payload: Any, delivery: Delivery) -> None:
         _refresh()
         try:
             if exactly_once:
-                _once(effect, payload, delivery, exactly_once)
+                _once(effect, payload, delivery, exactly_once, alias)
             else:
                 effect.call(payload, delivery)
         finally:
@@ -102,20 +122,29 @@ def _sync(effect: Effect, exactly_once: bool | str) -> Callable[[Any, Delivery],
     return handle
 
 
-def _once(effect: Effect, payload: Any, delivery: Delivery, database: bool | str) -> None:
+def _once(effect: Effect, payload: Any, delivery: Delivery, database: bool | str, alias: str) -> None:
     from pubsub_facade.contrib.django.models import InboxMark
 
     using = database if isinstance(database, str) else router.db_for_write(InboxMark)
     with transaction.atomic(using):
-        if first(delivery, using):
+        if first(delivery, using, alias):
             effect.call(payload, delivery)
 
 
-def first(delivery: Delivery, using: str | None = None) -> bool:
+def _marked_as(subscription: str, alias: str) -> str:
+    """A subscription's name in the inbox: those of two aliases are two, whatever their names are."""
+    return subscription if alias == DEFAULT else f"{alias}:{subscription}"
+
+
+def first(delivery: Delivery, using: str | None = None, alias: str = DEFAULT) -> bool:
     """Mark the message in the current transaction; False where it is marked already.
 
     What ``exactly_once`` does, for a handler that opens its transaction itself. A message without an id (a foreign
     one) cannot be told from its twin: True each time.
+
+    Arguments:
+        using: database alias; None: where the router writes marks.
+        alias: of the ``PUBSUB`` setting: the handler's.
     """
     from pubsub_facade.contrib.django.models import InboxMark
 
@@ -125,7 +154,7 @@ def first(delivery: Delivery, using: str | None = None) -> bool:
     table = connection.ops.quote_name(InboxMark._meta.db_table)
     sql = ignoring(connection.vendor, table, MARK_COLUMNS, MARK_UNIQUE)
     with connection.cursor() as cursor:
-        cursor.execute(sql, (delivery.subscription, delivery.id, time.time()))
+        cursor.execute(sql, (_marked_as(delivery.subscription, alias), delivery.id, time.time()))
         return bool(cursor.rowcount == 1)
 
 

@@ -37,7 +37,7 @@ TEMPLATES = [
 ]
 
 
-def _database(url: str) -> dict[str, object]:
+def _database(url: str, more: str = "") -> dict[str, object]:
     if url.startswith("sqlite:///"):
         name = url.removeprefix("sqlite:///")
         return {
@@ -56,7 +56,7 @@ def _database(url: str) -> dict[str, object]:
         "HOST": parts.hostname,
         "PORT": parts.port,
         "CONN_MAX_AGE": 60,
-        "TEST": {"NAME": os.environ.get("TEST_DATABASE", "test_pubsub")},
+        "TEST": {"NAME": os.environ.get("TEST_DATABASE", "test_pubsub") + more},
     }
 
 
@@ -67,6 +67,8 @@ if os.environ["DATABASE_URL"].startswith("mysql"):
     pymysql.install_as_MySQLdb()
 
 DATABASES = {"default": _database(os.environ["DATABASE_URL"])}
+if "OTHER_DATABASE_URL" in os.environ:
+    DATABASES["other"] = _database(os.environ["OTHER_DATABASE_URL"], "_other")
 
 if "SOCIAL_PUBSUB" in os.environ:
     import json
