@@ -41,3 +41,28 @@ def test_a_second_database_and_a_second_alias(
 ) -> None:
     first, second = database_url(database), database_url(database)
     run("databases_cases.py", first, tmp_path, OTHER_DATABASE_URL=second)
+
+
+@pytest.mark.parametrize("database", ALL)
+def test_a_second_application_and_what_applications_declare(
+    database: str, database_url: Callable[[str], str], tmp_path: Path
+) -> None:
+    run("apps_cases.py", database_url(database), tmp_path, MORE_APPS="project.mail")
+
+
+def test_a_subscribers_module_that_does_not_import_is_told(tmp_path: Path) -> None:
+    application = tmp_path / "broken"
+    application.mkdir()
+    (application / "__init__.py").touch()
+    (application / "subscribers.py").write_text("import no_such_module\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "django", "check"],
+        env=environment("sqlite:///app.sqlite3", MORE_APPS="broken"),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "No module named 'no_such_module'" in done.stderr

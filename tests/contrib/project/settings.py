@@ -16,6 +16,7 @@ INSTALLED_APPS = [
     "django.contrib.sessions",
     "pubsub_facade.contrib.django",
     "project.social.apps.SocialConfig",
+    *os.environ.get("MORE_APPS", "").split(),
 ]
 MIDDLEWARE = [
     "django.contrib.sessions.middleware.SessionMiddleware",
