@@ -1,13 +1,16 @@
 """Handlers in Django: collected from the ``subscribers`` module of each installed application, run by
 ``manage.py runsubscribers``.
 
-Around each message the database connections are looked after as around a request, and with ``exactly_once`` the
-handler's effect and the mark of the message commit in one transaction.
+Around each message the database connections are looked after as around a request; one that was idle is tried first,
+so that a restart of the database between messages costs none of them an attempt. With ``exactly_once`` the handler's
+effect and the mark of the message commit in one transaction.
 """
 
 from __future__ import annotations
 
+import asyncio
 import inspect
+import threading
 import time
 from collections.abc import Callable
 from typing import Any, Final, TypeVar
@@ -28,7 +31,7 @@ from pubsub_facade.subscription import MAX_SUBSCRIPTION, Backoff, Subscription, 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 MODULE: Final = "subscribers"
-LOOK: Final = 1.0  # s between looks at the async ORM's connections, which live in another thread
+LOOK: Final = 1.0  # s that a connection is idle until it is tried, and between looks at the async ORM's
 
 _collected: dict[str, Subscribers] = {}
 
@@ -108,7 +111,11 @@ def _check_once(
 
 
 def _sync(effect: Effect, exactly_once: bool | str, alias: str) -> Callable[[Any, Delivery], None]:
+    used = threading.local()
+
     def handle(payload: Any, delivery: Delivery) -> None:
+        if time.monotonic() - getattr(used, "last", 0.0) > LOOK:
+            _drop_lost()
         _refresh()
         try:
             if exactly_once:
@@ -117,6 +124,7 @@ def _sync(effect: Effect, exactly_once: bool | str, alias: str) -> Callable[[Any
                 effect.call(payload, delivery)
         finally:
             _refresh()
+            used.last = time.monotonic()
 
     handle.thread_ends = connections.close_all  # type: ignore[attr-defined]
     return handle
@@ -158,23 +166,56 @@ def first(delivery: Delivery, using: str | None = None, alias: str = DEFAULT) ->
         return bool(cursor.rowcount == 1)
 
 
-_looked = 0.0
-
-
 def _async(effect: Effect) -> Callable[[Any, Delivery], Any]:
+    orm = _AsyncConnections()
+
     async def handle(payload: Any, delivery: Delivery) -> None:
-        global _looked
+        if time.monotonic() - orm.used > LOOK:
+            await sync_to_async(_drop_lost)()
         failed = True
         try:
             await effect.call(payload, delivery)
             failed = False
         finally:
-            now = time.monotonic()
-            if failed or now - _looked > LOOK:
-                _looked = now
+            orm.used = time.monotonic()
+            if failed:
                 await sync_to_async(_refresh)()
+            else:
+                orm.refresh_soon()
 
     return handle
+
+
+class _AsyncConnections:
+    """The async ORM's connections, which live in a thread of its own: looked after once in `LOOK` seconds, not once a
+    message, and once more after the last.
+    """
+
+    def __init__(self) -> None:
+        self.used = 0.0
+        self._loop: asyncio.AbstractEventLoop | None = None  # that will look
+        self._looking: asyncio.Task[None] | None = None
+
+    def refresh_soon(self) -> None:
+        loop = asyncio.get_running_loop()
+        if self._loop is not loop:
+            self._loop = loop
+            loop.call_later(LOOK, self._refresh)
+
+    def _refresh(self) -> None:
+        self._looking = asyncio.ensure_future(sync_to_async(_refresh)())
+        self._loop = None
+
+
+def _drop_lost() -> None:
+    """Close the connections of this thread that do not answer; the next query makes new ones."""
+    for connection in connections.all(initialized_only=True):
+        if (
+            connection.connection is not None
+            and not connection.in_atomic_block
+            and not connection.is_usable()
+        ):
+            connection.close()
 
 
 def _refresh() -> None:

@@ -56,7 +56,7 @@ def _database(url: str, more: str = "") -> dict[str, object]:
         "PASSWORD": parts.password,
         "HOST": parts.hostname,
         "PORT": parts.port,
-        "CONN_MAX_AGE": 60,
+        "CONN_MAX_AGE": int(os.environ.get("CONN_MAX_AGE", "60")),
         "TEST": {"NAME": os.environ.get("TEST_DATABASE", "test_pubsub") + more},
     }
 
