@@ -151,7 +151,8 @@ def site(database: Database, folder: Path, max_attempts: int = 5, **more: str) -
 
 
 def test_a_lost_connection_costs_no_message_its_only_attempt(database: Database, tmp_path: Path) -> None:
-    with site(database, tmp_path, max_attempts=1) as here, here.running("runsubscribers"):
+    arguments = ("runsubscribers", "--concurrency", "1")  # so that the same connection is used again
+    with site(database, tmp_path, max_attempts=1) as here, here.running(*arguments):
         here.publish()
         here.until_handled()
         for _ in range(2):
