@@ -19,7 +19,7 @@ from asgiref.sync import sync_to_async
 from django.db import connections, reset_queries, router, transaction
 from django.utils.module_loading import autodiscover_modules
 
-from pubsub_facade.contrib._exactly_once import MARK_COLUMNS, MARK_UNIQUE, Effect
+from pubsub_facade.contrib._exactly_once import MARK_COLUMNS, MARK_UNIQUE, Effect, mark_id
 from pubsub_facade.contrib._outbox_sql import ignoring
 from pubsub_facade.contrib.django.clients import DEFAULT
 from pubsub_facade.errors import ConfigError
@@ -162,7 +162,8 @@ def first(delivery: Delivery, using: str | None = None, alias: str = DEFAULT) ->
     table = connection.ops.quote_name(InboxMark._meta.db_table)
     sql = ignoring(connection.vendor, table, MARK_COLUMNS, MARK_UNIQUE)
     with connection.cursor() as cursor:
-        cursor.execute(sql, (_marked_as(delivery.subscription, alias), delivery.id, time.time()))
+        mark = (_marked_as(delivery.subscription, alias), mark_id(delivery.id), time.time())
+        cursor.execute(sql, mark)
         return bool(cursor.rowcount == 1)
 
 
