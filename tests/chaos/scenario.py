@@ -152,12 +152,12 @@ async def settle_accounts(world: World, result: Result, patience: float) -> None
         await _wait(world, pubsub, result, published, patience)
         missing = result.missing
         if missing and world.broker is not None:
-            autopsy.write(world)
             for name in (*SUBSCRIPTIONS, BOOKS):
                 print(
                     f"{world.form}: {missing} are missing; {name}: {await pubsub.backlog(name)}", flush=True
                 )
             await pubsub.close()
+            autopsy.write(world)  # for which the broker may be stopped
             await asyncio.to_thread(world.broker.restart)
             async with AsyncPubSub(Settings.load(world.direct)) as again:
                 await _wait(world, again, result, published, patience)
