@@ -25,10 +25,11 @@ def write(world: World) -> None:
     if broker is None:
         return
     shutil.copy(broker.log, world.folder / "broker.log")
-    pid = broker.daemon.pid()
-    with contextlib.suppress(OSError, subprocess.SubprocessError):  # no JDK here
-        threads = subprocess.run(["jstack", str(pid)], capture_output=True, text=True, timeout=20, check=True)
-        (world.folder / "threads.txt").write_text(threads.stdout)
+    if not isinstance(broker, RabbitMQ):  # whom jstack's SIGQUIT ends
+        with contextlib.suppress(OSError, subprocess.SubprocessError):  # no JDK here
+            command = ["jstack", str(broker.daemon.pid())]
+            threads = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+            (world.folder / "threads.txt").write_text(threads.stdout)
     queues = world.folder / "queues.json"
     with contextlib.suppress(OSError):  # the broker answers nobody: its threads tell why
         if isinstance(broker, Artemis):

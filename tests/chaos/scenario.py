@@ -157,7 +157,7 @@ async def settle_accounts(world: World, result: Result, patience: float) -> None
                     f"{world.form}: {missing} are missing; {name}: {await pubsub.backlog(name)}", flush=True
                 )
             await pubsub.close()
-            autopsy.write(world)  # for which the broker may be stopped
+            autopsy.write(world)
             await asyncio.to_thread(world.broker.restart)
             async with AsyncPubSub(Settings.load(world.direct)) as again:
                 await _wait(world, again, result, published, patience)
