@@ -287,13 +287,18 @@ class Relay:
             await asyncio.gather(*tasks, *lanes, stopped, return_exceptions=True)
             await self._store.close()
 
-    async def drain(self) -> int:
-        """Publish all that is due now and return; how many rows were published. For scripts and tests."""
+    async def drain(self, stop: asyncio.Event | None = None) -> int:
+        """Publish all that is due now and return; how many rows were published. For scripts and tests.
+
+        Arguments:
+            stop: return after the batch in hand once it is set.
+        """
+        self._stop = stop or self._stop
         await self._store.open()
         lane = self._store.lane()
         before = self.published
         try:
-            while rows := await lane.claim(self._batch):
+            while not self._stop.is_set() and (rows := await lane.claim(self._batch)):
                 if not await self._publish(lane, rows):
                     raise self._last or PubSubError("the outbox is not drained: the broker is away")
         finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from pubsub_facade import PubSub
+from pubsub_facade.testing.faults import free_port
 
-from .services import DEADLINE, SUBSCRIBERS, Site
+from .services import DEADLINE, RELAY, SUBSCRIBERS, Site, health, until
 
 both = pytest.mark.parametrize("framework", list(SUBSCRIBERS))
 
@@ -91,3 +93,77 @@ def test_a_signal_that_another_thread_got_is_heard(framework: str, site: Site, c
     code, said = members.result()
     assert code == 0, said
     assert site.notes == ["begin signal", "end signal"]
+
+
+def write(site: Site, count: int) -> None:
+    """Commit messages to the outbox of the Django project."""
+    code, said = site.run(
+        "django",
+        "shell",
+        "-c",
+        "from django.db import transaction\n"
+        "from pubsub_facade.contrib.django import publish_many_on_commit\n"
+        "from pubsub_facade import Message\n"
+        "with transaction.atomic():\n"
+        f"    publish_many_on_commit([Message('sync.x', str(n)) for n in range({count})])",
+    )
+    assert code == 0, said
+
+
+def waiting(site: Site) -> int:
+    """How many rows of the outbox wait."""
+    code, said = site.run(*RELAY, "--lag")
+    assert code == 0, said
+    return int(said.split()[0])
+
+
+@pytest.fixture
+def outbox(site: Site) -> Site:
+    """The site with its tables."""
+    code, said = site.run("django", "migrate", "-v0")
+    assert code == 0, said
+    return site
+
+
+@pytest.fixture
+def silent() -> Iterator[socket.socket]:
+    """Where a broker listens that says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        listening.settimeout(DEADLINE)
+        yield listening
+
+
+def test_a_relay_takes_a_signal_sent_twice_at_once_for_one(outbox: Site) -> None:
+    relay = outbox.start(*RELAY, "--health", str(port := free_port()))
+    until(lambda: health(port)[0], "the relay's health")
+    relay.process.send_signal(signal.SIGTERM)
+    relay.process.send_signal(signal.SIGINT)
+    code, said = relay.result()
+    assert code == 0, said
+    assert said.count("finishing what is in hand") == 1
+
+
+def test_a_later_signal_ends_a_relay_at_once(outbox: Site, silent: socket.socket) -> None:
+    write(outbox, 1)
+    relay = outbox.start(*RELAY, PUBSUB_URL=f"amqp://127.0.0.1:{silent.getsockname()[1]}")
+    connection, _ = silent.accept()  # it publishes
+    with connection:
+        relay.process.send_signal(signal.SIGTERM)
+        relay.wait_for("finishing what is in hand")
+        while relay.process.poll() is None:
+            relay.process.send_signal(signal.SIGTERM)
+            time.sleep(0.05)
+    assert relay.result()[0] == 128 + signal.SIGTERM
+    assert waiting(outbox) == 1
+
+
+def test_a_signal_ends_a_relay_that_drains_after_the_batch_in_hand(outbox: Site, client: PubSub) -> None:
+    write(outbox, 3000)
+    relay = outbox.start(*RELAY, "--drain", "--batch", "1")
+    with client.subscribe("sync.#") as stream:
+        stream.receive(DEADLINE).ack()
+    code, said = relay.end()
+    assert code == 0, said
+    published = int(said.split()[-1])
+    assert 1 <= published < 3000
+    assert waiting(outbox) == 3000 - published

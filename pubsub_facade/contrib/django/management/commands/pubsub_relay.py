@@ -12,7 +12,7 @@ from typing import Any
 from django.core.management.base import BaseCommand, CommandError
 
 from pubsub_facade.cli.errors import code_of
-from pubsub_facade.client import AsyncPubSub
+from pubsub_facade.client import AsyncPubSub, Ending
 from pubsub_facade.contrib._service import answer_health
 from pubsub_facade.contrib.django.clients import DEFAULT, settings_of
 from pubsub_facade.contrib.django.management.commands.runsubscribers import _log
@@ -27,9 +27,9 @@ class Command(BaseCommand):
     """Run one relay; run as many as you like."""
 
     help = (
-        "Publishes what was committed to the outbox, until SIGTERM or Ctrl-C. Any number may run at once. A broker or "
-        "a database that is absent is waited for. Exit codes: 0 stopped or drained, 1 error, 2 wrong configuration, "
-        "3 refused by the broker."
+        "Publishes what was committed to the outbox, until SIGTERM or Ctrl-C; a later signal ends it at once. Any "
+        "number may run at once. A broker or a database that is absent is waited for. Exit codes: 0 stopped or "
+        "drained, 1 error, 2 wrong configuration, 3 refused by the broker."
     )
 
     def add_arguments(self, parser: ArgumentParser) -> None:
@@ -58,8 +58,14 @@ class Command(BaseCommand):
     async def _relay(self, options: dict[str, Any]) -> int:
         stop = asyncio.Event()
         loop = asyncio.get_running_loop()
+        ending = Ending()
+
+        def on_signal(number: int) -> None:
+            if ending.begins(number):
+                stop.set()
+
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, stop.set)
+            loop.add_signal_handler(number, on_signal, number)
         async with AsyncExitStack() as stack:
             pubsub = await stack.enter_async_context(AsyncPubSub(settings_of(options["alias"])))
             relay = Relay(
@@ -74,6 +80,6 @@ class Command(BaseCommand):
                 server = await answer_health(options["health"], lambda: relay.health())
                 stack.callback(server.close)
             if options["drain"]:
-                return await relay.drain()
+                return await relay.drain(stop)
             await relay.run(stop)
             return relay.published
