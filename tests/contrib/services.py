@@ -32,7 +32,7 @@ def handle(payload: str) -> None:
     note(f"begin {payload}")
     deadline = time.monotonic() + 30
     while payload == "slow" and not Path("go").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
+        time.sleep(0.05)
     if payload == "signal":
         signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
     note(f"end {payload}")
@@ -176,6 +176,15 @@ class Site:
 
     def wait_for_note(self, word: str, times: int = 1) -> None:
         until(lambda: self.notes.count(word) >= times, f"note {word!r}")
+
+    @property
+    def overlap(self) -> int:
+        """How many messages were in the handler at once, at most."""
+        most = now = 0
+        for note in self.notes:
+            now += 1 if note.startswith("begin") else -1
+            most = max(most, now)
+        return most
 
     def go(self) -> None:
         """Let slow messages end."""

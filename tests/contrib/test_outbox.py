@@ -18,13 +18,15 @@ from pubsub_facade import (
     AsyncPubSub,
     Backoff,
     ConnectionLost,
+    Message,
     MessageError,
     PayloadTooLarge,
     SendFailed,
     TopicError,
 )
 from pubsub_facade.backends.memory import Hub
-from pubsub_facade.contrib.outbox import Lag, Relay
+from pubsub_facade.contrib._outbox_store import SqlStore
+from pubsub_facade.contrib.outbox import SENT, Lag, Relay
 from pubsub_facade.contrib.sqlalchemy import Outbox
 from pubsub_facade.testing.hub import Published, TestHub
 
@@ -59,9 +61,12 @@ class Desk:
         finally:
             await store.close()
 
-    def rows(self) -> int:
+    def rows(self, state: int | None = None) -> int:
+        query = sa.select(sa.func.count()).select_from(self.outbox.table)
+        if state is not None:
+            query = query.where(self.outbox.table.c.state == state)
         with self.engine.connect() as connection:
-            return connection.execute(sa.select(sa.func.count()).select_from(self.outbox.table)).scalar_one()
+            return connection.execute(query).scalar_one()
 
 
 @pytest.fixture(params=ALL)
@@ -267,6 +272,28 @@ async def test_lag_says_how_far_behind_and_pruning_deletes_what_is_old(desk: Des
     assert await store.prune(time.time() - 60, 10) == 0
     assert await store.prune(time.time() + 60, 10) == 1
     await store.close()
+    assert desk.rows() == 1
+
+
+async def test_a_relay_prunes_a_thousand_rows_at_a_time_and_keeps_what_is_not_old_enough(
+    desk: Desk, running: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Session(desk.engine) as session, session.begin():
+        desk.outbox.publish_many(session, [Message("a", n) for n in range(2300)])
+        session.execute(sa.update(desk.outbox.table).values(state=SENT, due=time.time() - 3700))
+    desk.write("a", "new")
+    pruned: list[int] = []
+    prune = SqlStore.prune
+
+    async def counting(self: SqlStore, before: float, limit: int) -> int:
+        pruned.append(await prune(self, before, limit))
+        return pruned[-1]
+
+    monkeypatch.setattr(SqlStore, "prune", counting)
+    running(keep=3600)
+    await until(lambda: len(pruned) >= 4 and len(desk.published) == 1)
+    assert pruned == [1000, 1000, 300, 0]
+    await until(lambda: desk.rows(SENT) == 1)
     assert desk.rows() == 1
 
 
