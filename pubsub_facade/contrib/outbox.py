@@ -260,6 +260,7 @@ class Relay:
         self._work = asyncio.Event()
         self._stop = asyncio.Event()
         self._told: str | None = None
+        self._in_hand = 0  # claims that lanes are publishing now
         self._last: PubSubError | None = None
         self.published = 0
         self.set_aside = 0
@@ -324,10 +325,16 @@ class Relay:
                 try:
                     rows = await lane.claim(self._batch)
                     if not rows:
+                        if self._told is not None and not self._in_hand:
+                            await self._look()
                         await self._idle()
                         continue
                     self._work.set()  # there may be more, for another lane
-                    reached = await self._publish(lane, rows)
+                    self._in_hand += 1
+                    try:
+                        reached = await self._publish(lane, rows)
+                    finally:
+                        self._in_hand -= 1
                 except PubSubError:
                     raise
                 except Exception as error:  # the database is away, or refused: nothing was settled by that
@@ -357,6 +364,17 @@ class Relay:
                 await self._nap(pause)
                 pause = min(pause * 2, 5.0)
         return False
+
+    async def _look(self) -> None:
+        """No row will tell that the trouble is over, as another relay had them: it is, if the broker answers."""
+        try:
+            await self._pubsub.ping()
+        except AuthenticationFailed:
+            raise
+        except (ConnectionFailed, ConnectionLost, TimeoutError) as error:
+            self._tell(f"the broker: {error or 'no answer in time'}")
+        else:
+            self._tell(None)
 
     async def _idle(self) -> None:
         """Nothing to claim: wait for a wake, for the next look, or for the next waiting row."""

@@ -341,6 +341,38 @@ def test_a_relay_s_health_tells_when_the_broker_is_away_and_back(rabbit: Rabbit)
             stream.receive(DEADLINE).ack()
 
 
+@pytest.mark.broker("rabbitmq")
+def test_a_relay_is_healthy_again_when_another_one_has_published_its_rows(rabbit: Rabbit) -> None:
+    migrate(rabbit.site)
+    write(rabbit.site, 1)
+    rabbit.proxy.refuse()
+    port = free_port()
+    relay = rabbit.site.start(*RELAY, "--health", str(port))
+    until(lambda: health(port)[0] == 503, "503 while the broker is away")
+    direct = rabbit.url.replace(f":{rabbit.proxy.port}", f":{rabbit.proxy.target[1]}")
+    other = rabbit.site.start(*RELAY, PUBSUB_URL=direct)
+    until(
+        lambda: not rows("SELECT id FROM pubsub_outbox", rabbit.site), "another relay has published the row"
+    )
+    assert health(port)[0] == 503
+    assert other.end()[0] == 0
+    rabbit.proxy.restore()
+    until(lambda: health(port)[0] == 200, "200 when the broker is back")
+    assert relay.end()[0] == 0
+
+
+def test_a_relay_is_healthy_again_when_its_database_is_back(outbox: Site) -> None:
+    port = free_port()
+    relay = outbox.start(*RELAY, "--health", str(port))
+    until(lambda: health(port)[0] == 200, "200 while there is nothing to publish")
+    rows("ALTER TABLE pubsub_outbox RENAME TO hidden", outbox)
+    until(lambda: health(port)[0] == 503, "503 while the table is away")
+    assert "database" in health(port)[1]["trouble"]
+    rows("ALTER TABLE hidden RENAME TO pubsub_outbox", outbox)
+    until(lambda: health(port)[0] == 200, "200 when it is back")
+    assert relay.end()[0] == 0
+
+
 def rows(sql: str, site: Site) -> list[tuple[int, ...]]:
     """Run a statement on the database of the Django project."""
     with contextlib.closing(sqlite3.connect(site.folder / "app.sqlite3", timeout=30)) as file, file:
