@@ -2,7 +2,7 @@
 
     pubsub = AsyncPubSub()
     app = FastAPI(lifespan=lifespan(pubsub, subscribers=True))   # members run in this process too
-    app.include_router(health_router(pubsub))
+    app.include_router(health_router())                          # at /health
 
     @app.post("/posts")
     async def create(post: Post, publisher: Annotated[AsyncPubSub, Depends(pubsub_of)]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -71,15 +72,26 @@ def create_app():
     pubsub.init_app(app)
     return app
 """,
+    "served.py": """
+from fastapi import FastAPI
+from handling import handle
+from pubsub_facade import AsyncPubSub
+from pubsub_facade.contrib.fastapi import health_router, lifespan
+
+pubsub = AsyncPubSub()
+pubsub.subscriber("sync.#", subscription="sync")(handle)
+app = FastAPI(lifespan=lifespan(pubsub, subscribers=True))
+app.include_router(health_router())
+""",
 }
 SUBSCRIBERS = {"django": ("django", "runsubscribers"), "flask": ("flask", "pubsub", "run")}
 RELAY = ("django", "pubsub_relay")
 
 
-def health(port: int) -> tuple[int, dict[str, Any]]:
+def health(port: int, path: str = "/") -> tuple[int, dict[str, Any]]:
     """Status and facts that a health address answers; (0, {}) while nobody does."""
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=5) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as answer:
             return answer.status, dict(json.load(answer))
     except urllib.error.HTTPError as error:
         with error:
@@ -108,6 +120,7 @@ class Service:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            start_new_session=True,  # so that a server's workers end with it
         )
         self.said: list[str] = []
 
@@ -131,7 +144,7 @@ class Service:
 
 
 class Site:
-    """A Django project and a Flask application with the same handler, on the embedded backend unless told otherwise.
+    """Applications of Django, Flask and FastAPI with the same handler, on the embedded backend unless told otherwise.
 
     Arguments:
         folder: empty; its ``notes`` say what the handler did, and a file ``go`` lets slow messages end.
@@ -192,6 +205,6 @@ class Site:
 
     def close(self) -> None:
         for each in self._started:
-            if each.process.poll() is None:
-                each.process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(each.process.pid, signal.SIGKILL)
             each.process.communicate()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import textwrap
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
@@ -13,6 +14,7 @@ from fastapi import Depends, FastAPI
 from starlette.applications import Starlette
 
 from pubsub_facade import AsyncPubSub, ConnectionFailed, ConnectionLost, SendFailed
+from pubsub_facade.contrib import fastapi as contrib
 from pubsub_facade.contrib.fastapi import health_route, health_router, lifespan, pubsub_of, unavailable
 from pubsub_facade.testing.hub import Published, TestHub
 
@@ -49,6 +51,24 @@ async def test_a_request_publishes_and_the_client_is_closed_with_the_application
         assert Published(pubsub_hub).one(text="hello").id == answer.json()["id"]
         assert (await client.get("/health")).json() == {"healthy": True, "state": "connected"}
     assert pubsub.state == "closed"
+
+
+async def test_the_example_of_the_module_runs_as_it_is_written(pubsub_hub: TestHub) -> None:
+    text = (contrib.__doc__ or "").partition("\n\n")[2].partition("\n\nWithout")[0]
+    names: dict[str, Any] = {
+        **vars(contrib),
+        "Annotated": Annotated,
+        "Depends": Depends,
+        "FastAPI": FastAPI,
+        "Post": dict[str, str],
+        "settings": pubsub_hub.settings(),
+    }
+    text = textwrap.dedent(text).replace("AsyncPubSub()", "AsyncPubSub(settings)")
+    exec(compile(text, "the example", "exec", dont_inherit=True), names)
+    async with serving(names["app"]) as client:
+        assert (await client.post("/posts", json={"text": "hello"})).status_code == 200
+        assert (await client.get("/health")).status_code == 200
+    assert Published(pubsub_hub).one("social.post.created", text="hello")
 
 
 async def test_members_run_in_the_same_process(pubsub_hub: TestHub) -> None:

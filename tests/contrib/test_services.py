@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from pubsub_facade import PubSub, Settings
+from pubsub_facade import Message, PubSub, Settings
 from pubsub_facade.contrib.outbox import SENT
 from pubsub_facade.testing.faults import Proxy, free_port
 
@@ -405,3 +405,29 @@ def test_pruning_by_command_deletes_no_more_at_once_than_it_is_told(outbox: Site
     )
     code, said = outbox.run("django", "shell", "-v0", "-c", script)
     assert (code, said) == (0, "deleted 0 marks and 25 sent rows\n3\n")
+
+
+# -- members in a web server -----------------------------------------------------------------------
+
+
+def test_members_in_a_server_s_workers_finish_what_is_in_hand_and_lose_nothing(
+    site: Site, client: PubSub
+) -> None:
+    port = free_port()
+    client.declare("sync.#", subscription="sync")
+    server = site.start("uvicorn", "served:app", "--workers", "2", "--port", str(port))
+    until(lambda: health(port, "/health")[0] == 200, "a worker that receives")
+    assert health(port, "/health")[1] == {"healthy": True, "state": "connected", "members": {"sync": True}}
+    client.publish_many([Message("sync.x", "slow") for _ in range(300)])
+    site.wait_for_note("begin slow", 2)  # one in each worker, as each handles one at a time
+    server.process.send_signal(signal.SIGTERM)
+    for _ in range(2):
+        server.wait_for("Waiting for application shutdown")
+    assert "end slow" not in site.notes
+    site.go()
+    code, said = server.result()
+    assert code == 0, said
+    assert "Traceback" not in said
+    ended = site.notes.count("end slow")
+    assert ended == site.notes.count("begin slow") >= 2
+    assert client.backlog("sync").waiting == 300 - ended
