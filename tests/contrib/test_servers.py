@@ -82,17 +82,22 @@ def desk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Desk]:
     desk.close()
 
 
-CASES = [
-    pytest.param("sqlite", "gunicorn-sync", "flask"),
-    pytest.param("sqlite", "runserver", ""),
-    pytest.param("rabbitmq", "gunicorn-gthread", "django", marks=pytest.mark.broker("rabbitmq")),
-    pytest.param("rabbitmq", "uvicorn", "django-async", marks=pytest.mark.broker("rabbitmq")),
-    pytest.param("kafka", "uvicorn", "fastapi", marks=pytest.mark.broker("kafka")),
-    pytest.param("activemq", "gunicorn-preload", "flask", marks=pytest.mark.broker("activemq")),
+BACKENDS = [
+    backend if backend == "sqlite" else pytest.param(backend, marks=pytest.mark.broker(backend))
+    for backend in ("sqlite", "rabbitmq", "kafka", "activemq")
+]
+SERVERS = [
+    ("gunicorn-sync", "flask"),
+    ("gunicorn-gthread", "django"),
+    ("gunicorn-preload", "flask"),
+    ("uvicorn", "django-async"),
+    ("uvicorn", "fastapi"),
+    ("runserver", ""),
 ]
 
 
-@pytest.mark.parametrize(("desk", "server", "application"), CASES, indirect=["desk"])
+@pytest.mark.parametrize("desk", BACKENDS, indirect=True)
+@pytest.mark.parametrize(("server", "application"), SERVERS)
 def test_each_2xx_answer_has_its_event(desk: Desk, server: str, application: str) -> None:
     path = {"runserver": "/post/", "django": "/post/", "django-async": "/apost/"}.get(
         application or server, "/post"
@@ -117,9 +122,7 @@ def _port_of(settings: Settings) -> int:
     return settings.activemq.address.hosts[0][1]
 
 
-@pytest.mark.parametrize(
-    "desk", [pytest.param("rabbitmq", marks=pytest.mark.broker("rabbitmq"))], indirect=True
-)
+@pytest.mark.parametrize("desk", BACKENDS, indirect=True)
 def test_a_plain_script_with_threads_publishes_all(desk: Desk) -> None:
     done = subprocess.run(
         [sys.executable, str(HERE / "plain_script.py"), str(REQUESTS)],
@@ -191,6 +194,39 @@ def test_a_broker_that_is_down_gives_503_in_time_and_the_outbox_keeps_what_is_co
                 relay.terminate()
                 _, told = relay.communicate(timeout=20)
             assert relay.returncode == 0, told
+
+
+@pytest.mark.parametrize(
+    ("desk", "server", "application"),
+    [
+        pytest.param("rabbitmq", "gunicorn-gthread", "flask", marks=pytest.mark.broker("rabbitmq")),
+        pytest.param("activemq", "uvicorn", "fastapi", marks=pytest.mark.broker("activemq")),
+    ],
+    indirect=["desk"],
+)
+@pytest.mark.parametrize("fault", [Proxy.refuse, Proxy.swallow], ids=["refuses", "says-nothing"])
+def test_a_broker_that_goes_while_requests_come_costs_none_its_answer(
+    desk: Desk, server: str, application: str, fault: Callable[[Proxy], None]
+) -> None:
+    port = _port_of(desk.pubsub.settings)
+    with Proxy("127.0.0.1", port) as proxy:
+        proxied = desk.folder / "proxied.toml"
+        proxied.write_text(desk.config.read_text().replace(f":{port}", f":{proxy.port}"))
+        variables = desk.environment(POST_TIMEOUT="3") | {"PUBSUB_CONFIG": str(proxied)}
+        with Server(server, APPLICATIONS[application], variables, desk.folder) as running:
+            assert fire(running.url + "/post", 20).statuses == {200: 20}
+            faults = [threading.Timer(0.5, fault, [proxy]), threading.Timer(5.5, proxy.restore)]
+            for timer in faults:
+                timer.start()
+            load = fire(running.url + "/post", REQUESTS, at_once=8)  # no more than one worker has threads
+            for timer in faults:
+                timer.join()
+            assert set(load.statuses) == {200, 503}, load.statuses
+            assert load.longest < 3 + 2  # the view's publish timeout, and a margin for a busy machine
+            wait_until(
+                lambda: fire(running.url + "/post", 4, at_once=1).statuses == {200: 4}, 15, "publishing again"
+            )
+    assert desk.arrived(load.ids) >= load.statuses[200]
 
 
 def _manage(variables: dict[str, str], *arguments: str) -> None:
