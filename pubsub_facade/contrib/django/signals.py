@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 from collections.abc import Callable, Sequence
 from typing import Any, Final
@@ -12,6 +13,7 @@ from django.db.models import Field, Model
 from django.db.models.signals import post_delete, post_save
 from django.utils.functional import cached_property
 
+from pubsub_facade._settings_errors import nearest
 from pubsub_facade.contrib.django.publishing import publish_on_commit
 from pubsub_facade.errors import ConfigError, MessageError
 from pubsub_facade.topics import check_topic
@@ -74,6 +76,8 @@ def _values_of(model: type[Model], names: Sequence[str] | None) -> dict[str, Cal
         return {"pk": _of_field(pk)} | {
             field.attname: _of_field(field) for field in model._meta.concrete_fields
         }
+    if isinstance(names, str):
+        raise ConfigError(f"fields {names!r} is a str: give a list, as [{names!r}]")
     return {"pk": _of_field(pk)} | {name: _named(model, name) for name in names}
 
 
@@ -83,10 +87,12 @@ def _named(model: type[Model], name: str) -> Callable[[Any, str], Any]:
     field = fields.get(name, by_attribute.get(name))
     if field is not None:
         return _of_field(field)
-    if not isinstance(getattr(model, name, None), property | cached_property | functools.cached_property):
+    if not _is_property(model, name):
+        meant = nearest(name, {*fields, *(each for each in dir(model) if _is_property(model, each))})
         raise ConfigError(
-            f"fields: {name!r} is neither a field of {model.__name__} with one value nor a property: it has "
-            f"{', '.join(fields)}; or give payload, a function of the instance"
+            f"fields: {name!r} is neither a field of {model.__name__} with one value nor a property: "
+            f"{f'did you mean {meant!r}? ' if meant else ''}it has {', '.join(fields)}; or give payload, a function "
+            "of the instance"
         )
 
     def value(instance: Any, using: str) -> Any:
@@ -100,6 +106,12 @@ def _named(model: type[Model], name: str) -> Callable[[Any, str], Any]:
             ) from error
 
     return value
+
+
+def _is_property(model: type[Model], name: str) -> bool:
+    return isinstance(
+        inspect.getattr_static(model, name, None), property | cached_property | functools.cached_property
+    )
 
 
 def _of_field(field: Field[Any, Any]) -> Callable[[Any, str], Any]:

@@ -154,6 +154,14 @@ class TestModelChanges:
         with capture(), pytest.raises(MessageError, match=r"Letter\.envelope of type object .*payload"):
             Letter.objects.create(about=post)
 
+    def test_a_misspelled_field_is_refused_with_the_nearest(self) -> None:
+        with pytest.raises(ConfigError, match=r"'autor'.* Post .*did you mean 'author'\?"):
+            publish_model_changes(Post, "post", fields=["autor"])
+        with pytest.raises(ConfigError, match=r"'totl'.* Letter .*did you mean 'total'\?"):
+            publish_model_changes(Letter, "letter", fields=["totl"])
+        with pytest.raises(ConfigError, match=r"fields 'text' is a str.*\['text'\]"):
+            publish_model_changes(Draft, "draft", fields="text")
+
     def test_what_cannot_be_is_refused_at_once(self) -> None:
         with pytest.raises(ConfigError, match=r"'txet'.*Draft.*id, text; or give payload"):
             publish_model_changes(Draft, "draft", fields=["txet"])
