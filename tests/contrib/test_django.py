@@ -62,7 +62,7 @@ def test_the_cases_of_the_project_pass(
 class Project:
     """The project on SQLite and the embedded backend, in one folder, run by its real commands."""
 
-    def __init__(self, folder: Path, **more: str) -> None:
+    def __init__(self, folder: Path, *, migrated: bool = True, **more: str) -> None:
         self.folder = folder
         setting = {"backend": "sqlite", "sqlite": {"path": str(folder / "pubsub.db")}}
         self.environment = environment(
@@ -71,7 +71,8 @@ class Project:
             NOTIFICATIONS=str(folder / "notifications"),
             **more,
         )
-        self("migrate", "--run-syncdb", "-v0")
+        if migrated:
+            self("migrate", "--run-syncdb", "-v0")
 
     def run(self, *arguments: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -175,6 +176,34 @@ def test_exit_codes_are_true(project: Project) -> None:
     assert project.run("check").returncode == 1
     assert project.run("pubsub_relay", "--drain", "--skip-checks").returncode == 2
     assert project.run("pubsub", "backlog", "x").returncode == 2
+
+
+def test_a_table_that_is_missing_ends_each_command_in_one_line(tmp_path: Path) -> None:
+    project = Project(tmp_path, migrated=False)
+    project("pubsub", "declare", "analytics", "social.post.*")
+    project("pubsub", "publish", "social.post.created", '{"author": 1, "text": "x"}')
+    for command, table in (
+        ("runsubscribers --drain", "pubsub_inbox"),
+        ("pubsub_relay", "pubsub_outbox"),
+        ("pubsub_relay --drain", "pubsub_outbox"),
+        ("pubsub_relay --lag", "pubsub_outbox"),
+        ("pubsub_prune", "pubsub_inbox"),
+    ):
+        done = project.run(*command.split())
+        assert done.returncode == 1
+        assert done.stderr.splitlines() == [
+            f"CommandError: table {table} is not in database 'default': run python manage.py migrate"
+        ]
+    assert '"waiting": 1' in project("pubsub", "backlog", "analytics", "--json")
+    assert project.run("runsubscribers", "notifications", "--drain").returncode == 0  # marks nothing
+
+    project.environment["DATABASE_URL"] = f"sqlite:///{tmp_path}/no_such_folder/app.sqlite3"
+    for command in ("pubsub_relay --lag", "pubsub_prune"):
+        done = project.run(*command.split())
+        assert done.returncode == 1
+        assert done.stderr.splitlines() == [
+            "CommandError: database 'default': OperationalError: unable to open database file"
+        ]
 
 
 def test_the_command_line_has_djangos_settings(project: Project) -> None:

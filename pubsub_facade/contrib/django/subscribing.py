@@ -12,7 +12,7 @@ import asyncio
 import inspect
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Final, TypeVar
 
 from asgiref.sync import sync_to_async
@@ -127,16 +127,27 @@ def _sync(effect: Effect, exactly_once: bool | str, alias: str) -> Callable[[Any
             used.last = time.monotonic()
 
     handle.thread_ends = connections.close_all  # type: ignore[attr-defined]
+    handle.exactly_once = exactly_once  # type: ignore[attr-defined]
     return handle
 
 
 def _once(effect: Effect, payload: Any, delivery: Delivery, database: bool | str, alias: str) -> None:
-    from pubsub_facade.contrib.django.models import InboxMark
-
-    using = database if isinstance(database, str) else router.db_for_write(InboxMark)
+    using = _database_of_marks(database)
     with transaction.atomic(using):
         if first(delivery, using, alias):
             effect.call(payload, delivery)
+
+
+def _database_of_marks(exactly_once: bool | str) -> str:
+    from pubsub_facade.contrib.django.models import InboxMark
+
+    return exactly_once if isinstance(exactly_once, str) else router.db_for_write(InboxMark)
+
+
+def databases_of_marks(registrations: Iterable[Registration]) -> set[str]:
+    """The database aliases in which these handlers mark messages."""
+    options = [getattr(each.handler.function, "exactly_once", False) for each in registrations]
+    return {_database_of_marks(each) for each in options if each}
 
 
 def _marked_as(subscription: str, alias: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from asgiref.sync import sync_to_async
-from django.core.management import call_command
+from django.core.management import CommandError, call_command
 from django.db import connections, transaction
 from project.social.models import Count, Profile
 
@@ -132,6 +132,15 @@ def test_pruning_looks_at_one_database() -> None:
     assert topics("other") == []
     assert InboxMark.objects.using("default").count() == 1
     assert topics("default") == ["a"]
+
+
+@in_transactions
+@pytest.mark.parametrize("command", ["pubsub_relay", "pubsub_prune"])
+def test_a_database_that_is_no_alias_is_told(command: str) -> None:
+    with pytest.raises(
+        CommandError, match="no database has the alias 'nonesuch': DATABASES has default, other"
+    ):
+        call_command(command, "--database", "nonesuch")
 
 
 def said(*command: str) -> str:

@@ -7,9 +7,11 @@ from argparse import ArgumentParser
 from typing import Any
 
 from django.core.management.base import BaseCommand
+from django.db import router
 from django.db.models import QuerySet
 
 from pubsub_facade.contrib.django.models import InboxMark, OutboxMessage
+from pubsub_facade.contrib.django.tables import check_tables, told_in_a_line
 
 
 class Command(BaseCommand):
@@ -31,20 +33,22 @@ class Command(BaseCommand):
 
     def handle(self, *args: Any, **options: Any) -> None:
         before = time.time() - options["days"] * 86400
-        using, batch = options["database"], options["batch"]
-        marks = InboxMark.objects.using(using).filter(handled__lt=before).order_by("handled")
-        sent = (
-            OutboxMessage.objects.using(using)
-            .filter(state=OutboxMessage.State.SENT, due__lt=before)
-            .order_by("due")
-        )
-        counts = [_delete(rows, batch) for rows in (marks, sent)]
+        marks = InboxMark.objects.filter(handled__lt=before).order_by("handled")
+        sent = OutboxMessage.objects.filter(state=OutboxMessage.State.SENT, due__lt=before).order_by("due")
+        places = [options["database"] or router.db_for_write(rows.model) for rows in (marks, sent)]
+        for using, rows in zip(places, (marks, sent), strict=True):
+            check_tables(using, rows.model)
+        counts = [
+            _delete(rows.using(using), options["batch"])
+            for using, rows in zip(places, (marks, sent), strict=True)
+        ]
         self.stdout.write(f"deleted {counts[0]} marks and {counts[1]} sent rows")
 
 
 def _delete(rows: QuerySet[Any], batch: int) -> int:
     total = 0
-    while ids := list(rows.all().values_list("pk", flat=True)[:batch]):
-        rows.model._base_manager.using(rows.db).filter(pk__in=ids).delete()
-        total += len(ids)
+    with told_in_a_line(rows.db):
+        while ids := list(rows.all().values_list("pk", flat=True)[:batch]):
+            rows.model._base_manager.using(rows.db).filter(pk__in=ids).delete()
+            total += len(ids)
     return total

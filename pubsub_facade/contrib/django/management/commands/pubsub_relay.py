@@ -10,13 +10,16 @@ from contextlib import AsyncExitStack
 from typing import Any
 
 from django.core.management.base import BaseCommand, CommandError
+from django.db import router
 
 from pubsub_facade.cli.errors import code_of
 from pubsub_facade.client import AsyncPubSub, Ending
 from pubsub_facade.contrib._service import answer_health
 from pubsub_facade.contrib.django.clients import DEFAULT, settings_of
 from pubsub_facade.contrib.django.management.commands.runsubscribers import _log
+from pubsub_facade.contrib.django.models import OutboxMessage, OutboxShard
 from pubsub_facade.contrib.django.relaying import lag, store
+from pubsub_facade.contrib.django.tables import check_tables, told_in_a_line
 from pubsub_facade.contrib.outbox import Relay
 from pubsub_facade.errors import PubSubError
 
@@ -44,9 +47,12 @@ class Command(BaseCommand):
         parser.add_argument("--health", metavar="[HOST:]PORT", help="answer health checks by HTTP")
 
     def handle(self, *args: Any, **options: Any) -> None:
+        using = options["database"] or router.db_for_write(OutboxMessage)
+        check_tables(using, OutboxMessage, OutboxShard)
         try:
             if options["lag"]:
-                self.stdout.write(str(asyncio.run(lag(options["database"]))))
+                with told_in_a_line(using):
+                    self.stdout.write(str(asyncio.run(lag(using))))
                 return
             _log(options["verbosity"])
             published = asyncio.run(self._relay(options))

@@ -14,7 +14,9 @@ from pubsub_facade.cli.errors import UNFINISHED, code_of
 from pubsub_facade.client import GRACE
 from pubsub_facade.contrib import _service
 from pubsub_facade.contrib.django.clients import DEFAULT, client
-from pubsub_facade.contrib.django.subscribing import subscribers_of
+from pubsub_facade.contrib.django.models import InboxMark
+from pubsub_facade.contrib.django.subscribing import databases_of_marks, subscribers_of
+from pubsub_facade.contrib.django.tables import check_tables
 from pubsub_facade.errors import PubSubError
 from pubsub_facade.subscribers import Registration, Subscribers
 
@@ -65,6 +67,8 @@ class Command(BaseCommand):
             self._run(chosen, options)
 
     def _run(self, chosen: list[Registration], options: dict[str, Any]) -> None:
+        for using in sorted(databases_of_marks(chosen)):
+            check_tables(using, InboxMark)
         try:
             pubsub = client(options["alias"])
             if options["concurrency"] is not None:
