@@ -9,15 +9,20 @@ from django.apps import AppConfig, apps
 from django.conf import settings as django_settings
 from django.core.checks import CheckMessage, Error, Tags, Warning, register
 
+from pubsub_facade._settings_errors import nearest
 from pubsub_facade.backends import create
 from pubsub_facade.contrib.django.clients import aliases, settings_of
 from pubsub_facade.contrib.django.subscribing import _collected, subscribers_of
 from pubsub_facade.errors import PubSubError, UnsupportedFeature
+from pubsub_facade.settings import Settings
+from pubsub_facade.subscribers import Registration
 
 
 @register(Tags.compatibility)
 def check(app_configs: Sequence[AppConfig] | None, **kwargs: Any) -> list[CheckMessage]:
-    """E001 the settings; E002 handlers of an alias that is not there; W001 memory; W002 ephemeral handlers."""
+    """E001 the settings; E002 handlers of an alias that is not there; W001 memory; W002 ephemeral handlers; W003 two
+    handlers of one subscription; W004 settings of a subscription that no handler has.
+    """
     if app_configs is not None and apps.get_app_config("pubsub_facade") not in app_configs:
         return []
     found: list[CheckMessage] = []
@@ -54,7 +59,10 @@ def _check_alias(alias: str) -> list[CheckMessage]:
                 id="pubsub_facade.W001",
             )
         )
-    for registration in subscribers_of(alias).registrations:
+    registrations = subscribers_of(alias).registrations
+    found += _shared(registrations)
+    found += _unused(alias, settings, registrations)
+    for registration in registrations:
         if registration.subscription.name is None:
             found.append(
                 Warning(
@@ -62,6 +70,41 @@ def _check_alias(alias: str) -> list[CheckMessage]:
                     "while runsubscribers does not run",
                     hint='give it one: @subscriber(..., subscription="NAME")',
                     id="pubsub_facade.W002",
+                )
+            )
+    return found
+
+
+def _shared(registrations: Sequence[Registration]) -> list[CheckMessage]:
+    """Functions that were meant to get each message, and get some."""
+    functions: dict[str, dict[str, None]] = {}
+    for each in registrations:
+        if each.subscription.name is not None:
+            path = f"{each.handler.function.__module__}.{each.handler.name}"
+            functions.setdefault(each.subscription.name, {})[path] = None
+    return [
+        Warning(
+            f"subscription {name!r} has {len(paths)} handlers, {' and '.join(paths)}: each message goes to one of them",
+            hint="give each a subscription of its own, for each to get every message; or call both from one handler",
+            id="pubsub_facade.W003",
+        )
+        for name, paths in functions.items()
+        if len(paths) > 1
+    ]
+
+
+def _unused(alias: str, settings: Settings, registrations: Sequence[Registration]) -> list[CheckMessage]:
+    """Settings that tune nothing; with ``topics`` they make a subscription ahead of its handler."""
+    known = sorted({each.subscription.name for each in registrations if each.subscription.name})
+    found: list[CheckMessage] = []
+    for name, tuning in settings.subscriptions.items():
+        if known and name not in known and tuning.topics is None:
+            meant = nearest(name, known)
+            found.append(
+                Warning(
+                    f"PUBSUB[{alias!r}]: subscriptions has {name!r}, and no handler has that subscription",
+                    hint=f"did you mean {meant!r}?" if meant else f"handlers have {', '.join(known)}",
+                    id="pubsub_facade.W004",
                 )
             )
     return found

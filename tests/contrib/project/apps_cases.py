@@ -190,6 +190,61 @@ def test_a_handler_without_a_subscription_name_is_warned_of() -> None:
     assert not [found for found in check(None) if found.id == "pubsub_facade.W002"]
 
 
+@pytest.fixture
+def registrations() -> Iterator[None]:
+    """The handlers are as they were at the end."""
+    kept = list(subscribers_of().registrations)
+    yield
+    subscribers_of().registrations[:] = kept
+
+
+def warnings(id: str) -> list[Any]:
+    return [found for found in check(None) if found.id == f"pubsub_facade.{id}"]
+
+
+@pytest.mark.usefixtures("registrations")
+def test_two_functions_that_share_a_subscription_s_messages_are_warned_of() -> None:
+    @subscriber("a", subscription="shared")
+    def one(payload: Any) -> None: ...
+
+    @subscriber("b", subscription="alone")
+    def alone(payload: Any) -> None: ...
+
+    subscriber("a", subscription="shared")(one)  # the same again: more hands, as wished
+    assert warnings("W003") == []
+
+    @subscriber("a", subscription="shared", exactly_once=True)
+    def other(payload: Any) -> None: ...
+
+    (warning,) = warnings("W003")
+    assert "'shared'" in warning.msg
+    assert f"{__name__}.test_two_functions" in warning.msg
+    assert ".one" in warning.msg
+    assert ".other" in warning.msg
+    assert "each message goes to one of them" in warning.msg
+    assert "subscription of its own" in warning.hint
+
+
+@pytest.mark.usefixtures("registrations")
+def test_settings_of_a_subscription_that_no_handler_has_are_warned_of(settings: Any) -> None:
+    settings.PUBSUB = {
+        "backend": "sqlite",
+        "subscriptions": {
+            "analytic": {"concurrency": 2},
+            "mail": {"concurrency": 2},
+            "xyz": {"max_attempts": 1},
+            "ahead": {"topics": ["a"]},
+        },
+    }
+    near, far = warnings("W004")
+    assert "'analytic'" in near.msg
+    assert near.hint == "did you mean 'analytics'?"
+    assert "'xyz'" in far.msg
+    assert far.hint == "handlers have analytics, mail, notifications"
+    subscribers_of().registrations.clear()  # of a process that only publishes
+    assert warnings("W004") == []
+
+
 def test_required_subscribers_are_an_error_where_the_driver_cannot_tell(
     settings: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
