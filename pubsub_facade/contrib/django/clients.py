@@ -2,7 +2,8 @@
 
 ``PUBSUB`` is a mapping of `Settings` fields, or a URL, or a mapping of aliases (one is ``"default"``) to these;
 without it the usual places say: the environment, and a config file: the one that ``PUBSUB_CONFIG`` names, else
-``pubsub.toml`` in the current folder, else in ``BASE_DIR``.
+``pubsub.toml`` in the current folder, else in ``BASE_DIR``. The embedded file of a relative path is in ``BASE_DIR``,
+unless that path comes from the environment or a file: one project is one broker, from whichever folder it is run.
 """
 
 from __future__ import annotations
@@ -60,9 +61,27 @@ def load_settings(value: Any, config: str | None = None, **overrides: Any) -> Se
         there = Path(str(getattr(django_settings, "BASE_DIR", ".")), CONFIG_FILE)
         config = str(there) if there.is_file() else None
     try:
-        return Settings.load(config, **{**(value or {}), **overrides})
+        settings = Settings.load(config, **{**(value or {}), **overrides})
     except ConfigError as error:
         raise ConfigError(str(error).replace("code: ", f"{SETTING}: ")) from error.__cause__
+    for key, origin in settings.origins.items():
+        source, _, name = origin.partition(": ")
+        if source == "code" and name.partition(".")[0] not in overrides:
+            settings.origins[key] = f"{SETTING}: {name}"
+    return _in_base_dir(settings)
+
+
+def _in_base_dir(settings: Settings) -> Settings:
+    """With the embedded file in ``BASE_DIR`` where Django's settings, or the default, name it by a relative path."""
+    base = getattr(django_settings, "BASE_DIR", None)
+    path = settings.sqlite.path
+    origin = settings.origins.get("sqlite.path", "default")
+    ours = origin == "default" or origin.startswith(f"{SETTING}: ")
+    if settings.backend != "sqlite" or base is None or path.is_absolute() or not ours:
+        return settings
+    settings.origins["sqlite.path"] = f"{origin}, in BASE_DIR"
+    sqlite = settings.sqlite.model_copy(update={"path": Path(str(base)) / path})
+    return settings.model_copy(update={"sqlite": sqlite})
 
 
 def client(alias: str = DEFAULT) -> PubSub:

@@ -98,3 +98,42 @@ def test_the_setting_comes_before_the_environment_and_that_before_any_file(
     assert settings_of().namespace == "environment"
     settings.PUBSUB = {"namespace": "setting"}
     assert settings_of().namespace == "setting"
+
+
+def path_of(setting: Any, settings: Any, **overrides: Any) -> Path:
+    settings.PUBSUB = setting
+    return load_settings(setting, **overrides).sqlite.path
+
+
+def test_the_embedded_file_is_the_same_from_every_folder(site: Path, settings: Any) -> None:
+    assert path_of(None, settings) == site / "pubsub.db"
+    assert (
+        path_of({"backend": "sqlite", "sqlite": {"path": "data/mine.db"}}, settings) == site / "data/mine.db"
+    )
+    assert path_of("sqlite:///url.db", settings) == site / "url.db"
+    assert path_of({"sqlite": {"path": "/srv/pubsub.db"}}, settings) == Path("/srv/pubsub.db")
+    settings.BASE_DIR = str(site)
+    assert path_of(None, settings) == site / "pubsub.db"
+    del settings.BASE_DIR
+    assert path_of(None, settings) == Path("pubsub.db")
+
+
+def test_a_path_that_django_s_settings_do_not_give_is_left_as_it_is(
+    site: Path, settings: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert path_of(None, settings, url="sqlite:///typed.db") == Path("typed.db")
+    (site / "pubsub.toml").write_text('[sqlite]\npath = "toml.db"\n')
+    assert path_of(None, settings) == Path("toml.db")
+    monkeypatch.setenv("PUBSUB_SQLITE__PATH", "environment.db")
+    assert path_of(None, settings) == Path("environment.db")
+    monkeypatch.delenv("PUBSUB_SQLITE__PATH")
+    give(site / "pubsub.toml", "base")  # names no path
+    assert path_of(None, settings) == site / "pubsub.db"
+
+
+def test_where_a_value_came_from_is_told(site: Path, settings: Any) -> None:
+    origins = load_settings({"namespace": "mine", "sqlite": {"path": "a.db"}}, publish_timeout=3).origins
+    assert origins["namespace"] == "PUBSUB: namespace"
+    assert origins["sqlite.path"] == "PUBSUB: sqlite.path, in BASE_DIR"
+    assert origins["publish_timeout"] == "code: publish_timeout"
+    assert load_settings(None).origins == {"sqlite.path": "default, in BASE_DIR"}
