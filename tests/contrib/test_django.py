@@ -13,9 +13,9 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 
@@ -95,12 +95,12 @@ class Project:
         """What ``manage.py shell`` prints."""
         return self("shell", "-v0", "-c", code)
 
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
+    def start(self, *arguments: str, to: IO[str] | int = subprocess.PIPE) -> subprocess.Popen[str]:
         return subprocess.Popen(
             [sys.executable, "-m", "django", *arguments],
             cwd=self.folder,
             env=self.environment,
-            stdout=subprocess.PIPE,
+            stdout=to,
             stderr=subprocess.STDOUT,
             text=True,
         )
@@ -233,35 +233,70 @@ def health(port: int) -> dict[str, Any] | None:
         return None
 
 
-def test_reload_starts_again_when_code_changes(project: Project) -> None:
-    code = project.folder / "watched"
-    code.mkdir()
-    (code / "__init__.py").touch()
-    module = code / "changing.py"
-    module.write_text("VALUE = 1\n")
-    project.environment["PYTHONPATH"] += os.pathsep + str(project.folder)
-    project.environment["DJANGO_WATCHED"] = "watched.changing"
-    port = free_port()
-    members = project.start("runsubscribers", "--reload", "--health", str(port))
-    try:
-        until(lambda: (health(port) or {}).get("healthy"))
-        before = _children(members.pid)
-        module.write_text("VALUE = 22\n")
-        stamps = itertools.count(int(time.time()) + 5)
+class Reloading:
+    """``runsubscribers --reload`` over a module ``watched.changing``."""
 
-        def started_again() -> bool:
-            """It looks at the files once a second, and does not know those yet that change before its first look."""
-            stamp = next(stamps)
-            os.utime(module, (stamp, stamp))
-            return bool(_children(members.pid)) and not _children(members.pid) & before
+    def __init__(self, project: Project) -> None:
+        code = project.folder / "watched"
+        code.mkdir()
+        (code / "__init__.py").touch()
+        self.module = code / "changing.py"
+        self.module.write_text("VALUE = 1\n")
+        project.environment["PYTHONPATH"] += os.pathsep + str(project.folder)
+        project.environment["DJANGO_WATCHED"] = "watched.changing"
+        self._port = free_port()
+        self._stamps = itertools.count(int(time.time()) + 5)
+        self.log = project.folder / "log"
+        with self.log.open("w") as log:
+            self.process = project.start("runsubscribers", "--reload", "--health", str(self._port), to=log)
 
-        until(started_again)
-        until(lambda: (health(port) or {}).get("healthy"))
-    finally:
-        for child in _children(members.pid):
+    def healthy(self) -> bool:
+        return bool((health(self._port) or {}).get("healthy"))
+
+    def change(self, text: str, seen: Callable[[], bool]) -> None:
+        """Until it is seen: it looks at the files once a second, and does not know those yet that change before its
+        first look.
+        """
+        self.module.write_text(text)
+
+        def touched() -> bool:
+            stamp = next(self._stamps)
+            os.utime(self.module, (stamp, stamp))
+            return seen()
+
+        until(touched)
+
+    def started_after(self, before: set[int]) -> Callable[[], bool]:
+        return lambda: bool(_children(self.process.pid)) and not _children(self.process.pid) & before
+
+    def end(self) -> None:
+        for child in _children(self.process.pid):
             os.kill(child, signal.SIGTERM)
-        members.terminate()
-        members.communicate(timeout=30)
+        self.process.terminate()
+        self.process.wait(30)
+
+
+@pytest.fixture
+def reloading(project: Project) -> Iterator[Reloading]:
+    reloading = Reloading(project)
+    yield reloading
+    reloading.end()
+
+
+def test_reload_starts_again_when_code_changes(reloading: Reloading) -> None:
+    until(reloading.healthy)
+    reloading.change("VALUE = 22\n", reloading.started_after(_children(reloading.process.pid)))
+    until(reloading.healthy)
+
+
+def test_reload_outlives_a_file_that_was_saved_half_done(reloading: Reloading) -> None:
+    until(reloading.healthy)
+    waiting = "the code does not start (exit code 1): waiting for it to change"
+    reloading.change("VALUE = (\n", lambda: waiting in reloading.log.read_text())
+    assert "SyntaxError" in reloading.log.read_text()
+    assert reloading.process.poll() is None
+    reloading.module.write_text("VALUE = (1)\n")
+    until(reloading.healthy)
 
 
 def _children(pid: int) -> set[int]:

@@ -336,6 +336,11 @@ def test_runsubscribers_lists_handlers() -> None:
         call_command("runsubscribers", "nonesuch", "--list")
 
 
+def test_drain_and_reload_are_no_pair() -> None:
+    with pytest.raises(CommandError, match=r"--drain ends .* --reload never ends"):
+        call_command("runsubscribers", "--drain", "--reload")
+
+
 @pytest.mark.django_db
 def test_the_trigger_exists_on_postgresql() -> None:
     if connection.vendor != "postgresql":

@@ -8,13 +8,13 @@ from argparse import ArgumentParser
 from typing import Any
 
 from django.core.management.base import BaseCommand, CommandError
-from django.utils import autoreload
 
 from pubsub_facade.cli.errors import UNFINISHED, code_of
 from pubsub_facade.client import GRACE
 from pubsub_facade.contrib import _service
 from pubsub_facade.contrib.django.clients import DEFAULT, client
 from pubsub_facade.contrib.django.models import InboxMark
+from pubsub_facade.contrib.django.reloading import run_with_reloader
 from pubsub_facade.contrib.django.subscribing import databases_of_marks, subscribers_of
 from pubsub_facade.contrib.django.tables import check_tables
 from pubsub_facade.errors import PubSubError
@@ -47,6 +47,10 @@ class Command(BaseCommand):
         )
 
     def handle(self, *args: Any, **options: Any) -> None:
+        if options["drain"] and options["reload"]:
+            raise CommandError(
+                "--drain ends once nothing waits, and --reload never ends: give one of them", returncode=2
+            )
         chosen = _chosen(subscribers_of(options["alias"]).registrations, options["names"])
         if options["list"]:
             for registration in chosen:
@@ -62,7 +66,7 @@ class Command(BaseCommand):
             chosen = [dataclasses.replace(each, concurrency=options["concurrency"]) for each in chosen]
         _log(options["verbosity"])
         if options["reload"]:
-            autoreload.run_with_reloader(self._run, chosen, options)
+            run_with_reloader(self._run, chosen, options)
         else:
             self._run(chosen, options)
 
