@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import ALL
+from .conftest import ALL, ROOT
 from .test_django import HERE, environment
 
 
@@ -66,3 +66,33 @@ def test_a_subscribers_module_that_does_not_import_is_told(tmp_path: Path) -> No
     )
     assert done.returncode == 1
     assert "No module named 'no_such_module'" in done.stderr
+
+
+UNINSTALLED = """
+import django
+from django.conf import settings
+settings.configure(DATABASES={"default": {"ENGINE": "django.db.backends.sqlite3", "NAME": ":memory:"}})
+django.setup()
+from pubsub_facade import ConfigError
+from pubsub_facade.contrib.django import publish_on_commit
+from pubsub_facade.contrib.django.relaying import store
+for call in (lambda: publish_on_commit("a", 1), store):
+    try:
+        call()
+    except ConfigError as error:
+        print(error)
+"""
+
+
+def test_tables_without_the_application_are_refused_with_the_remedy(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", UNINSTALLED],
+        env={"PYTHONPATH": str(ROOT)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    told = 'add "pubsub_facade.contrib.django" to INSTALLED_APPS: its tables are part of it'
+    assert done.stdout.splitlines() == [told, told], done.stderr

@@ -17,6 +17,7 @@ from django.conf import settings as django_settings
 from django.core.signals import setting_changed
 from django.dispatch import receiver
 
+from pubsub_facade._settings_errors import known_at, nearest
 from pubsub_facade._settings_sources import named_config
 from pubsub_facade.errors import ConfigError
 from pubsub_facade.settings import CONFIG_FILE, Settings
@@ -45,6 +46,7 @@ def settings_of(alias: str = DEFAULT) -> Settings:
     """The settings of an alias, read anew. Raises ConfigError, naming the setting."""
     values = _by_alias()
     if alias not in values:
+        _check_default(values[DEFAULT])
         raise ConfigError(f"{SETTING} has no alias {alias!r}: it has {', '.join(values)}")
     return load_settings(values[alias])
 
@@ -57,6 +59,7 @@ def load_settings(value: Any, config: str | None = None, **overrides: Any) -> Se
         raise ConfigError(
             f"{SETTING} is of type {type(value).__name__}: give a mapping of settings, a URL, or aliases"
         )
+    _check_default(value)
     if config is None and named_config() is None and not Path(CONFIG_FILE).is_file():
         there = Path(str(getattr(django_settings, "BASE_DIR", ".")), CONFIG_FILE)
         config = str(there) if there.is_file() else None
@@ -69,6 +72,12 @@ def load_settings(value: Any, config: str | None = None, **overrides: Any) -> Se
         if source == "code" and name.partition(".")[0] not in overrides:
             settings.origins[key] = f"{SETTING}: {name}"
     return _in_base_dir(settings)
+
+
+def _check_default(value: Any) -> None:
+    known = known_at(Settings, [])
+    if isinstance(value, Mapping) and value and not any(nearest(str(name), known) for name in value):
+        raise ConfigError(f"{SETTING}: aliases need a {DEFAULT!r}: it has {', '.join(map(str, value))}")
 
 
 def _in_base_dir(settings: Settings) -> Settings:

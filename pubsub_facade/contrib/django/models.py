@@ -5,11 +5,15 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any, ClassVar
 
+from django.apps import apps
 from django.db import models
 
 from pubsub_facade.codec import decode
 from pubsub_facade.contrib.outbox import DELAYED, FAILED, PENDING, RETRY, SENT
-from pubsub_facade.errors import DecodeError
+from pubsub_facade.errors import ConfigError, DecodeError
+
+if not apps.is_installed("pubsub_facade.contrib.django"):
+    raise ConfigError('add "pubsub_facade.contrib.django" to INSTALLED_APPS: its tables are part of it')
 
 
 class OutboxMessage(models.Model):

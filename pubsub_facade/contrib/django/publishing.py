@@ -1,7 +1,8 @@
 """Publish from Django: at once with the broker's confirm, or on commit by the outbox, from sync and async code.
 
 `publish_on_commit` writes a row in the transaction of the caller's own data: a relay publishes it once that is
-committed (``manage.py pubsub_relay``), whatever happens to this process or to the broker meanwhile.
+committed (``manage.py pubsub_relay``), whatever happens to this process or to the broker meanwhile. Lazy translations
+in a payload are published as text.
 """
 
 from __future__ import annotations
@@ -11,10 +12,13 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from asgiref.sync import sync_to_async
+from django.utils.functional import Promise
+from pydantic_core import PydanticSerializationError, from_json, to_json
 
 from pubsub_facade.contrib._service import publish_from
 from pubsub_facade.contrib.django.clients import DEFAULT, client
 from pubsub_facade.contrib.outbox import columns_of, prepare
+from pubsub_facade.errors import MessageError
 from pubsub_facade.message import HeaderValue, Message
 
 if TYPE_CHECKING:
@@ -40,16 +44,24 @@ def publish(
     Arguments:
         alias: of the ``PUBSUB`` setting.
     """
-    return client(alias).publish(
-        topic, payload, key=key, headers=headers, id=id, delay=delay, timeout=timeout
-    )
+    try:
+        return client(alias).publish(
+            topic, payload, key=key, headers=headers, id=id, delay=delay, timeout=timeout
+        )
+    except MessageError as error:
+        message = Message(topic, payload, key=key, headers=headers, id=id, delay=delay)
+        return client(alias).publish_many(_said([message], error), timeout=timeout)[0]
 
 
 def publish_many(
     messages: Iterable[Message], *, timeout: float | None = None, alias: str = DEFAULT
 ) -> list[Message]:
     """Publish messages as one confirmed batch."""
-    return client(alias).publish_many(messages, timeout=timeout)
+    messages = list(messages)
+    try:
+        return client(alias).publish_many(messages, timeout=timeout)
+    except MessageError as error:
+        return client(alias).publish_many(_said(messages, error), timeout=timeout)
 
 
 async def apublish(
@@ -65,14 +77,18 @@ async def apublish(
 ) -> Message:
     """`publish` from async code, on the same links of this process."""
     message = Message(topic, payload, key=key, headers=headers, id=id, delay=delay)
-    return (await publish_from(client(alias), [message], timeout))[0]
+    return (await apublish_many([message], timeout=timeout, alias=alias))[0]
 
 
 async def apublish_many(
     messages: Iterable[Message], *, timeout: float | None = None, alias: str = DEFAULT
 ) -> list[Message]:
     """`publish_many` from async code."""
-    return await publish_from(client(alias), messages, timeout)
+    messages = list(messages)
+    try:
+        return await publish_from(client(alias), messages, timeout)
+    except MessageError as error:
+        return await publish_from(client(alias), _said(messages, error), timeout)
 
 
 def publish_on_commit(
@@ -125,6 +141,44 @@ def _rows(messages: Iterable[Message]) -> tuple[list[Message], list[OutboxMessag
     from pubsub_facade.contrib.django.models import OutboxMessage
 
     limit = client().capabilities.max_payload
-    prepared = [prepare(message, max_payload=limit) for message in messages]
+    messages = list(messages)
+    try:
+        prepared = [prepare(message, max_payload=limit) for message in messages]
+    except MessageError as error:
+        prepared = [prepare(message, max_payload=limit) for message in _said(messages, error)]
     now = time.time()
     return prepared, [OutboxMessage(**columns_of(message, now)) for message in prepared]
+
+
+def _said(messages: list[Message], error: MessageError) -> list[Message]:
+    """``messages``, lazy translations in their payloads as text in the active language; ``error`` if there are none."""
+    found = False
+
+    def text(value: Any) -> str:
+        nonlocal found
+        if not isinstance(value, Promise):
+            raise error
+        found = True
+        return str(value)
+
+    said = []
+    for message in messages:
+        payload = message.payload
+        if not isinstance(payload, bytes | str | bytearray | memoryview):
+            try:
+                payload = from_json(to_json(payload, fallback=text))
+            except (PydanticSerializationError, RecursionError, ValueError, TypeError):
+                raise error from None
+        said.append(
+            Message(
+                message.topic,
+                payload,
+                key=message.key,
+                headers=message.headers,
+                id=message.id,
+                delay=message.delay,
+            )
+        )
+    if not found:
+        raise error
+    return said

@@ -13,10 +13,11 @@ import inspect
 import threading
 import time
 from collections.abc import Callable, Iterable
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeVar, get_args, get_type_hints
 
 from asgiref.sync import sync_to_async
 from django.db import connections, reset_queries, router, transaction
+from django.db.models import Model
 from django.utils.module_loading import autodiscover_modules
 
 from pubsub_facade.contrib._exactly_once import MARK_COLUMNS, MARK_UNIQUE, Effect, mark_id
@@ -82,11 +83,29 @@ def _in_django(
 ) -> Callable[..., Any]:
     if exactly_once:
         _check_once(function, declared, exactly_once, alias)
-    Handler(function)  # refuses what cannot be called, in its own words
+    try:
+        Handler(function)  # refuses what cannot be called, in its own words
+    except ConfigError:
+        _refuse_models(function)
+        raise
     effect = Effect(function)
     if effect.is_async:
         return effect.dress(_async(effect))
     return effect.dress(_sync(effect, exactly_once, alias))
+
+
+def _refuse_models(function: Callable[..., Any]) -> None:
+    try:
+        hints = get_type_hints(function)
+    except Exception:  # an annotation is an expression: it can raise anything, and `Handler` has said so
+        return
+    for hint in (hint for name, hint in hints.items() if name != "return"):
+        for inner in (hint, *get_args(hint)):
+            if isinstance(inner, type) and issubclass(inner, Model):
+                raise ConfigError(
+                    f"handler {function.__qualname__} wants the Django model {inner.__name__}, which no message can "
+                    "become: annotate a pydantic model, a dataclass or dict, and fetch the row by its key"
+                )
 
 
 def _check_once(

@@ -2,29 +2,40 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
 import pytest
-from django.core.management import call_command
+from django.core.management import CommandError, call_command
 from django.db import transaction
 from django.db.models import F
 from django.db.models.signals import post_delete, post_save
 from django.test import TestCase, TransactionTestCase
+from django.utils import translation
+from django.utils.translation import gettext_lazy
 from project.mail.models import Draft, Letter, Note
 from project.social.models import Count, Post
 
-from pubsub_facade import ConfigError, MessageError, TopicError
+from pubsub_facade import ConfigError, Message, MessageError, TopicError
 from pubsub_facade.backends.memory import MemoryBackend
-from pubsub_facade.contrib.django import publish, publish_model_changes, publish_on_commit, subscriber
+from pubsub_facade.contrib.django import (
+    apublish,
+    apublish_many,
+    publish,
+    publish_many,
+    publish_model_changes,
+    publish_on_commit,
+    subscriber,
+)
 from pubsub_facade.contrib.django.checks import check
 from pubsub_facade.contrib.django.models import OutboxMessage
 from pubsub_facade.contrib.django.subscribing import _collected, subscribers_of
-from pubsub_facade.contrib.django.test import capture
+from pubsub_facade.contrib.django.test import capture, override
 
 
 def listed(*names: str) -> list[str]:
@@ -243,6 +254,79 @@ def test_settings_of_a_subscription_that_no_handler_has_are_warned_of(settings: 
     assert far.hint == "handlers have analytics, mail, notifications"
     subscribers_of().registrations.clear()  # of a process that only publishes
     assert warnings("W004") == []
+
+
+@pytest.mark.parametrize("hint", [Post, Post | None, list[Post]])
+def test_a_django_model_as_payload_is_refused_with_the_remedy(hint: Any) -> None:
+    def handle(post: Any) -> None: ...
+
+    handle.__annotations__["post"] = hint
+    with pytest.raises(
+        ConfigError, match=r"handle wants the Django model Post.*pydantic model, a dataclass or dict"
+    ):
+        subscriber("a", subscription="s")(handle)
+
+
+def test_an_annotation_that_cannot_be_read_is_told_in_its_own_words() -> None:
+    def handle(post: NoSuchName) -> None: ...  # type: ignore[name-defined]  # noqa: F821
+
+    with pytest.raises(ConfigError, match=r"annotations of handler .*handle cannot be read"):
+        subscriber("a", subscription="s")(handle)
+
+
+@pytest.mark.usefixtures("registrations")
+@pytest.mark.parametrize("option", ["--list", "--drain"])
+def test_no_handlers_are_told_with_where_they_were_sought(option: str) -> None:
+    subscribers_of().registrations.clear()
+    with pytest.raises(
+        CommandError, match=r"no handlers: .*searched were project\.social, project\.mail$"
+    ) as raised:
+        call_command("runsubscribers", option)
+    assert raised.value.returncode == 2
+    with pytest.raises(CommandError, match="no handlers of alias 'audit'"):
+        call_command("runsubscribers", option, "--alias", "audit")
+
+
+def test_handlers_on_memory_are_told_that_nothing_reaches_them(settings: Any) -> None:
+    settings.DEBUG = True
+    told = io.StringIO()
+    with override():
+        call_command("runsubscribers", "notifications", "--drain", stderr=told)
+    assert "'memory' stays within this process: nothing that other processes publish" in told.getvalue()
+
+
+@dataclass
+class Greeting:
+    text: Any
+
+
+@pytest.mark.django_db
+def test_lazy_translations_are_published_as_text() -> None:
+    lazy = gettext_lazy("Monday")
+    payloads = [lazy, {"on": [lazy]}, Greeting(lazy)]
+    wanted = ["Montag", {"on": ["Montag"]}, {"text": "Montag"}]
+
+    async def run() -> None:
+        with translation.override("de"):
+            await apublish("async", payloads[1], headers={"n": 1}, key="k")
+            await apublish_many([Message("async", b"\xff"), Message("async", lazy)])
+
+    with translation.override("de"), capture() as published:
+        for payload in payloads:
+            publish("at.once", payload, key="k")
+            publish_on_commit("on.commit", payload, id=f"id-{payloads.index(payload)}")
+        publish_many(iter([Message("many", lazy), Message("many", b"\xff")]))
+        asyncio.run(run())
+        with pytest.raises(MessageError, match="payload of type list cannot become JSON"):
+            publish("at.once", [lazy, object()])
+        with pytest.raises(TopicError):
+            publish("..", lazy)
+    assert [message.payload for message in published.on("at.once")] == wanted
+    assert [message.payload for message in published.on("on.commit")] == wanted
+    assert [message.id for message in published.on("on.commit")] == ["id-0", "id-1", "id-2"]
+    assert [message.payload for message in published.on("many")] == ["Montag", b"\xff"]
+    assert [message.payload for message in published.on("async")] == [wanted[1], b"\xff", "Montag"]
+    assert (published.on("async")[0].headers, published.on("async")[0].key) == ({"n": 1}, "k")
 
 
 def test_required_subscribers_are_an_error_where_the_driver_cannot_tell(

@@ -137,3 +137,13 @@ def test_where_a_value_came_from_is_told(site: Path, settings: Any) -> None:
     assert origins["sqlite.path"] == "PUBSUB: sqlite.path, in BASE_DIR"
     assert origins["publish_timeout"] == "code: publish_timeout"
     assert load_settings(None).origins == {"sqlite.path": "default, in BASE_DIR"}
+
+
+def test_aliases_without_a_default_are_refused(site: Path, settings: Any) -> None:
+    settings.PUBSUB = {"audit": "kafka://localhost:9092", "feed": {"backend": "sqlite"}}
+    for alias in ("default", "audit"):
+        with pytest.raises(ConfigError, match="aliases need a 'default': it has audit, feed"):
+            settings_of(alias)
+    settings.PUBSUB = {"rabitmq": {}}
+    with pytest.raises(ConfigError, match="did you mean 'rabbitmq'"):
+        settings_of()

@@ -7,6 +7,7 @@ import logging
 from argparse import ArgumentParser
 from typing import Any
 
+from django.apps import apps
 from django.core.management.base import BaseCommand, CommandError
 
 from pubsub_facade.cli.errors import UNFINISHED, code_of
@@ -52,14 +53,12 @@ class Command(BaseCommand):
                 "--drain ends once nothing waits, and --reload never ends: give one of them", returncode=2
             )
         chosen = _chosen(subscribers_of(options["alias"]).registrations, options["names"])
+        if not chosen:
+            raise CommandError(_no_handlers(options["alias"]), returncode=2)
         if options["list"]:
             for registration in chosen:
                 self.stdout.write(_described(registration))
             return
-        if not chosen:
-            raise CommandError(
-                "no handlers: write some in a subscribers.py of an installed application", returncode=2
-            )
         if options["concurrency"] is not None:
             if options["concurrency"] < 1:
                 raise CommandError("--concurrency is 1 or more", returncode=2)
@@ -75,6 +74,11 @@ class Command(BaseCommand):
             check_tables(using, InboxMark)
         try:
             pubsub = client(options["alias"])
+            if not pubsub.capabilities.shared:
+                self.stderr.write(
+                    f"backend {pubsub.settings.backend!r} stays within this process: nothing that other processes "
+                    "publish reaches these handlers; choose sqlite on one machine, or a broker"
+                )
             if options["concurrency"] is not None:
                 for name, tuning in list(pubsub.settings.subscriptions.items()):
                     pubsub.settings.subscriptions[name] = tuning.model_copy(update={"concurrency": None})
@@ -102,6 +106,19 @@ def _chosen(registrations: list[Registration], names: list[str]) -> list[Registr
         there = ", ".join(sorted(name for name in known if name)) or "none"
         raise CommandError(f"no handler has subscription {unknown[0]!r}: there are {there}", returncode=2)
     return [each for each in registrations if not names or each.subscription.name in names]
+
+
+def _no_handlers(alias: str) -> str:
+    own = [
+        each.name
+        for each in apps.get_app_configs()
+        if not each.name.startswith(("django.", "pubsub_facade."))
+    ]
+    of_alias = "" if alias == DEFAULT else f" of alias {alias!r}"
+    return (
+        f"no handlers{of_alias}: write some in the subscribers.py of an installed application; searched were "
+        f"{', '.join(own) or 'none but those of Django'}"
+    )
 
 
 def _described(registration: Registration) -> str:
