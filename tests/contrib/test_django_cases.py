@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -48,6 +49,29 @@ def test_a_second_application_and_what_applications_declare(
     database: str, database_url: Callable[[str], str], tmp_path: Path
 ) -> None:
     run("apps_cases.py", database_url(database), tmp_path, MORE_APPS="project.mail")
+
+
+def test_tests_that_say_nothing_of_a_broker_are_on_memory(tmp_path: Path) -> None:
+    away = {
+        "url": "amqp://127.0.0.1:1",
+        "namespace": "shop",
+        "publish_timeout": 0.5,
+        "require_subscribers": True,
+    }
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-m", "django", "test", "project.runner_cases"],
+        env=environment(
+            "sqlite:///app.sqlite3",
+            SOCIAL_PUBSUB=json.dumps({"default": away, "audit": "amqp://127.0.0.1:1"}),
+        ),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^Ran 7 tests", done.stderr, re.MULTILINE), done.stderr
 
 
 def test_a_subscribers_module_that_does_not_import_is_told(tmp_path: Path) -> None:

@@ -4,12 +4,15 @@
 without it the usual places say: the environment, and a config file: the one that ``PUBSUB_CONFIG`` names, else
 ``pubsub.toml`` in the current folder, else in ``BASE_DIR``. The embedded file of a relative path is in ``BASE_DIR``,
 unless that path comes from the environment or a file: one project is one broker, from whichever folder it is run.
+
+While tests run the clients are on memory, as Django's e-mail is: a test that forgot about messages sends none.
 """
 
 from __future__ import annotations
 
+import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,6 +22,7 @@ from django.dispatch import receiver
 
 from pubsub_facade._settings_errors import known_at, nearest
 from pubsub_facade._settings_sources import named_config
+from pubsub_facade.address import SecretUrl
 from pubsub_facade.errors import ConfigError
 from pubsub_facade.settings import CONFIG_FILE, Settings
 from pubsub_facade.sync import PubSub
@@ -26,7 +30,11 @@ from pubsub_facade.sync import PubSub
 SETTING: Final = "PUBSUB"
 DEFAULT: Final = "default"
 
+REAL_IN_TESTS: Final = "PUBSUB_REAL_IN_TESTS"
+"""Django setting: the aliases whose clients stay on their broker in tests."""
+
 _clients: dict[str, PubSub] = {}
+_overrides = 0  # of the PUBSUB setting that are in force now, by a test
 _lock = threading.Lock()
 
 
@@ -100,7 +108,7 @@ def client(alias: str = DEFAULT) -> PubSub:
         with _lock:
             found = _clients.get(alias)
             if found is None:
-                found = _clients[alias] = PubSub(settings_of(alias))
+                found = _clients[alias] = PubSub(_in_tests(settings_of(alias), alias))
     return found
 
 
@@ -113,7 +121,34 @@ def close_all(grace: float = 5.0) -> None:
         one.close(grace)
 
 
+def _in_tests(settings: Settings, alias: str) -> Settings:
+    """On memory while Django's test environment is active, unless the test or the alias asks for what is set."""
+    if settings.backend == "memory" or _overrides or not _testing() or alias in _real_in_tests():
+        return settings
+    url = SecretUrl(f"memory://django-tests-{alias}")
+    return settings.model_copy(update={"backend": "memory", "url": url, "require_subscribers": False})
+
+
+def _testing() -> bool:
+    """Whether ``setup_test_environment`` has run. Django tells nobody, but keeps what it replaced until its end."""
+    there = sys.modules.get("django.test.utils")
+    return there is not None and hasattr(there._TestState, "saved_data")
+
+
+def _real_in_tests() -> Collection[str]:
+    named = getattr(django_settings, REAL_IN_TESTS, ())
+    wrong = [named] if isinstance(named, str) else [alias for alias in named if alias not in _by_alias()]
+    if wrong:
+        raise ConfigError(
+            f"{REAL_IN_TESTS}: {wrong[0]!r}: give a list of aliases, of {', '.join(_by_alias())}"
+        )
+    return set(named)
+
+
 @receiver(setting_changed)
-def _forget(*, setting: str, **kwargs: Any) -> None:
+def _forget(*, setting: str, enter: bool, **kwargs: Any) -> None:
+    global _overrides
     if setting == SETTING:
+        _overrides += 1 if enter else -1
+    if setting in (SETTING, REAL_IN_TESTS):
         close_all()

@@ -12,7 +12,7 @@ from django.db import connections, router
 from pubsub_facade.client import AsyncPubSub
 from pubsub_facade.contrib._outbox_sql import OutboxSql
 from pubsub_facade.contrib._outbox_store import LEASE, Session, SqlStore, ThreadLink, postgres_wakes
-from pubsub_facade.contrib.django.clients import DEFAULT, settings_of
+from pubsub_facade.contrib.django.clients import DEFAULT, client
 from pubsub_facade.contrib.outbox import Lag, Relay, Store
 
 
@@ -90,7 +90,7 @@ async def relay(
         alias: of the ``PUBSUB`` setting.
         options: of `Relay`.
     """
-    async with AsyncPubSub(settings_of(alias)) as pubsub:
+    async with AsyncPubSub(client(alias).settings) as pubsub:
         running = Relay(pubsub, store(using, keep=bool(options.get("keep"))), **options)
         if stop is None:
             await running.drain()

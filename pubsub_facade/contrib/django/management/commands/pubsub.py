@@ -10,7 +10,7 @@ from django.core.management.base import BaseCommand, CommandParser
 from pubsub_facade.cli.errors import guarded
 from pubsub_facade.cli.options import Options
 from pubsub_facade.cli.root import cli
-from pubsub_facade.contrib.django.clients import DEFAULT, _by_alias, load_settings
+from pubsub_facade.contrib.django.clients import DEFAULT, _by_alias, client, load_settings
 from pubsub_facade.errors import ConfigError
 
 
@@ -41,6 +41,8 @@ class Command(BaseCommand):
             values = _by_alias()
             if alias not in values:
                 raise ConfigError(f"PUBSUB has no alias {alias!r}: it has {', '.join(values)}")
+            if config is None and not overrides:
+                return client(alias).settings
             return load_settings(values[alias], config, **overrides)
 
         return guarded(cli, arguments, Options(load=load), "manage.py pubsub")

@@ -15,7 +15,7 @@ from django.db import router
 from pubsub_facade.cli.errors import code_of
 from pubsub_facade.client import AsyncPubSub, Ending
 from pubsub_facade.contrib._service import answer_health
-from pubsub_facade.contrib.django.clients import DEFAULT, settings_of
+from pubsub_facade.contrib.django.clients import DEFAULT, client
 from pubsub_facade.contrib.django.management.commands.runsubscribers import _log
 from pubsub_facade.contrib.django.models import OutboxMessage, OutboxShard
 from pubsub_facade.contrib.django.relaying import lag, store
@@ -73,7 +73,7 @@ class Command(BaseCommand):
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, on_signal, number)
         async with AsyncExitStack() as stack:
-            pubsub = await stack.enter_async_context(AsyncPubSub(settings_of(options["alias"])))
+            pubsub = await stack.enter_async_context(AsyncPubSub(client(options["alias"]).settings))
             relay = Relay(
                 pubsub,
                 store(options["database"], keep=bool(options["keep"])),
