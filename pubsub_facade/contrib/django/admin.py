@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from django.contrib import admin, messages
@@ -16,7 +16,7 @@ from django.urls import path, reverse
 from pubsub_facade.contrib.django.clients import aliases, client
 from pubsub_facade.contrib.django.models import DeadLetter, OutboxMessage
 from pubsub_facade.contrib.django.subscribing import subscribers_of
-from pubsub_facade.errors import PubSubError
+from pubsub_facade.errors import PubSubError, UnsupportedFeature
 from pubsub_facade.sync import SyncDeadLetters
 
 SHOWN: Final = 100  # dead letters on one page
@@ -96,6 +96,7 @@ class DeadLetterAdmin(ReadOnly):
         chosen = request.GET.get("subscription", "")
         alias, _, name = chosen.partition(":")
         shown: list[Any] = []
+        subscriptions = dict.fromkeys(_subscriptions(), "")
         trouble = ""
         try:
             if chosen:
@@ -103,12 +104,14 @@ class DeadLetterAdmin(ReadOnly):
                     shown.append(letter)
                     if len(shown) == SHOWN:
                         break
+            else:
+                subscriptions, trouble = _counted(subscriptions)
         except PubSubError as error:
             trouble = str(error)
         context = {
             **self.admin_site.each_context(request),
             "title": "Dead letters",
-            "subscriptions": _subscriptions(),
+            "subscriptions": subscriptions,
             "chosen": chosen,
             "letters": shown,
             "limit": SHOWN,
@@ -156,6 +159,28 @@ def _subscriptions() -> list[str]:
             continue  # the system checks tell what is wrong with it
         found |= {f"{alias}:{name}" for name in names if name}
     return sorted(found)
+
+
+def _counted(subscriptions: Iterable[str]) -> tuple[dict[str, str], str]:
+    """``alias:name`` -> how many dead letters it has, or nothing where the backend cannot tell; and what went wrong.
+
+    An alias whose broker did not answer once is not asked again: the page would wait for each of its subscriptions.
+    """
+    counts = dict.fromkeys(subscriptions, "")
+    trouble: dict[str, str] = {}
+    for each in counts:
+        alias, _, name = each.partition(":")
+        if alias in trouble:
+            continue
+        try:
+            dead = client(alias).backlog(name).dead
+        except UnsupportedFeature:
+            continue
+        except PubSubError as error:
+            trouble[alias] = f"{alias}: {error}"
+        else:
+            counts[each] = "" if dead is None else str(dead)
+    return counts, "; ".join(trouble.values())
 
 
 def _may(request: HttpRequest, permission: str) -> bool:

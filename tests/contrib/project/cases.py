@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import io
+import re
 import threading
 import time
 from typing import Any
+from unittest.mock import AsyncMock, patch
 
 import pytest
 from asgiref.sync import sync_to_async
@@ -18,6 +20,8 @@ from django.test import Client, TestCase, TransactionTestCase
 from project.social.models import Count, Post, Profile
 
 from pubsub_facade import AsyncPubSub, ConfigError, PubSub, TopicError
+from pubsub_facade.backends.base import Backlog
+from pubsub_facade.backends.memory import MemoryBackend
 from pubsub_facade.contrib.django import (
     apublish,
     apublish_on_commit,
@@ -33,6 +37,7 @@ from pubsub_facade.contrib.django.relaying import lag, store
 from pubsub_facade.contrib.django.subscribing import _collected, subscribers_of
 from pubsub_facade.contrib.django.test import capture, deliver, override
 from pubsub_facade.contrib.outbox import Lag, Relay, prepare
+from pubsub_facade.errors import AuthenticationFailed, UnsupportedFeature
 from pubsub_facade.message import Message
 from pubsub_facade.testing.hub import Published
 
@@ -278,6 +283,28 @@ class Admin(TestCase):
             keeper.post(f"{where}act/", {**form, "ids": ids[1:], "verb": "purge"})
             assert letters.count() == 0
             assert keeper.get(f"{where}act/").status_code == 405
+
+    def test_the_index_counts_the_dead_letters_of_each_subscription(self) -> None:
+        reader = self._user("view_deadletter")
+        with override() as hub:
+            assert hub is not None
+            self._make_dead_letters(hub)
+            assert self._index(reader) == ["default:analytics (0)", "default:notifications (2)"]
+            with patch.object(MemoryBackend, "inspect", AsyncMock(return_value=Backlog(0, 0, None, None))):
+                assert self._index(reader) == ["default:analytics", "default:notifications"]
+            refused = AsyncMock(side_effect=UnsupportedFeature("memory", "backlog", "set admin_url"))
+            with patch.object(MemoryBackend, "inspect", refused):
+                assert self._index(reader) == ["default:analytics", "default:notifications"]
+            away = AsyncMock(side_effect=AuthenticationFailed("<refused>"))
+            with patch.object(MemoryBackend, "inspect", away):
+                assert self._index(reader) == ["default:analytics", "default:notifications"]
+                assert away.await_count == 1  # it is not asked for the second one
+                assert "default: &lt;refused&gt;" in self._page
+
+    def _index(self, reader: Client) -> list[str]:
+        """Each subscription as the page tells it."""
+        self._page = reader.get("/admin/pubsub_facade/deadletter/").content.decode()
+        return re.findall(r">(default:\w+(?: \(\d+\))?)", self._page.replace("</a>", ""))
 
     def _make_dead_letters(self, hub: Any) -> None:
         with PubSub(client().settings) as members:
