@@ -166,6 +166,22 @@ def test_runsubscribers_serves_until_sigterm_tells_its_health_and_leaves_nothing
     assert "finishing what is in hand" in output
 
 
+def test_a_relay_tells_its_start_and_its_end(project: Project) -> None:
+    project.shell(WRITE)
+    with (project.folder / "log").open("w") as file:
+        relay = project.start("pubsub_relay", to=file)
+    try:
+        until(lambda: project("pubsub_relay", "--lag").startswith("0 wait"))
+    finally:
+        relay.send_signal(signal.SIGTERM)
+        relay.wait(30)
+    first, *_, last = (project.folder / "log").read_text().splitlines()
+    assert first.endswith("publishing the outbox of database 'default' to sqlite")
+    assert last.endswith("stopped; published 20 from the outbox of database 'default'")
+    told = project.run("pubsub_relay", "--help").stdout
+    assert "on loopback, unless HOST is given (in a container 0.0.0.0:8080)" in " ".join(told.split())
+
+
 def test_exit_codes_are_true(project: Project) -> None:
     assert project.run("runsubscribers", "nonesuch").returncode == 2
     project.environment["SOCIAL_PUBSUB"] = json.dumps({"backend": "sqlite", "sqlte": {}})

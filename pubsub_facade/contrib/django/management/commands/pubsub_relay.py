@@ -44,7 +44,11 @@ class Command(BaseCommand):
         parser.add_argument("--keep", type=float, default=0, help="seconds that sent rows are kept")
         parser.add_argument("--drain", action="store_true", help="publish what is due now, and end")
         parser.add_argument("--lag", action="store_true", help="say how far behind the outbox is, and end")
-        parser.add_argument("--health", metavar="[HOST:]PORT", help="answer health checks by HTTP")
+        parser.add_argument(
+            "--health",
+            metavar="[HOST:]PORT",
+            help="answer health checks by HTTP: on loopback, unless HOST is given (in a container 0.0.0.0:8080)",
+        )
 
     def handle(self, *args: Any, **options: Any) -> None:
         using = options["database"] or router.db_for_write(OutboxMessage)
@@ -55,11 +59,15 @@ class Command(BaseCommand):
                     self.stdout.write(str(asyncio.run(lag(using))))
                 return
             _log(options["verbosity"])
+            backend = client(options["alias"]).settings.backend
+            log.info("publishing the outbox of database %r to %s", using, backend)
             published = asyncio.run(self._relay(options))
         except PubSubError as error:
             raise CommandError(str(error), returncode=code_of(error)) from error
         if options["drain"]:
             self.stdout.write(f"published {published}")
+        else:
+            log.info("stopped; published %d from the outbox of database %r", published, using)
 
     async def _relay(self, options: dict[str, Any]) -> int:
         stop = asyncio.Event()

@@ -41,7 +41,11 @@ class Command(BaseCommand):
             "--grace", type=float, default=GRACE, help="seconds that handlers in hand get at the end"
         )
         parser.add_argument("--drain", action="store_true", help="end by itself once nothing waits")
-        parser.add_argument("--health", metavar="[HOST:]PORT", help="answer health checks by HTTP")
+        parser.add_argument(
+            "--health",
+            metavar="[HOST:]PORT",
+            help="answer health checks by HTTP: on loopback, unless HOST is given (in a container 0.0.0.0:8080)",
+        )
         parser.add_argument("--list", action="store_true", help="list the handlers, and run none")
         parser.add_argument(
             "--reload", action="store_true", help="start again when code changes (development)"
