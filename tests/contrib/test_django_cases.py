@@ -71,7 +71,7 @@ def test_tests_that_say_nothing_of_a_broker_are_on_memory(tmp_path: Path) -> Non
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert re.search(r"^Ran 7 tests", done.stderr, re.MULTILINE), done.stderr
+    assert re.search(r"^Ran 8 tests", done.stderr, re.MULTILINE), done.stderr
 
 
 def test_a_subscribers_module_that_does_not_import_is_told(tmp_path: Path) -> None:

@@ -149,6 +149,6 @@ def _real_in_tests() -> Collection[str]:
 def _forget(*, setting: str, enter: bool, **kwargs: Any) -> None:
     global _overrides
     if setting == SETTING:
-        _overrides += 1 if enter else -1
+        _overrides = max(0, _overrides + (1 if enter else -1))  # one may have begun before this was imported
     if setting in (SETTING, REAL_IN_TESTS):
         close_all()

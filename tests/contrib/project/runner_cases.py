@@ -7,6 +7,7 @@ import io
 
 import pytest
 from django.core.management import call_command
+from django.core.signals import setting_changed
 from django.test import SimpleTestCase, TestCase, TransactionTestCase, override_settings
 
 from pubsub_facade import ConfigError, Settings
@@ -56,6 +57,10 @@ class Asking(SimpleTestCase):
             with override_settings(PUBSUB="stomp://127.0.0.1:1"):
                 assert client().settings.backend == "activemq"
             assert client().settings.backend == "kafka"
+        assert client().settings.backend == "memory"
+
+    def test_an_override_that_began_unseen_leaves_nothing(self) -> None:
+        setting_changed.send(sender=None, setting="PUBSUB", value=None, enter=False)
         assert client().settings.backend == "memory"
 
     def test_by_alias(self) -> None:
