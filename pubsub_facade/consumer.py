@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Final
 
+from pubsub_facade._failure_text import text_of
 from pubsub_facade.backends.base import Backend, Receiver, Timer
 from pubsub_facade.errors import (
     AuthenticationFailed,
@@ -41,7 +42,6 @@ WINDOW: Final = 100  # deliveries unsettled at once, where nothing else is said
 REJOIN_MAX: Final = 1.0  # s between two tries to join, at most
 JOIN_PATIENCE: Final = 60.0  # s that a fault in the driver may keep a member from joining
 CLOSE_TIMEOUT: Final = 10.0  # s for a driver to leave
-MAX_ERROR_TEXT: Final = 2000  # characters kept of an error's text
 HOPELESS: Final = (AuthenticationFailed, ConfigError, TopologyConflict, UnsupportedFeature, Closed)
 
 
@@ -291,8 +291,10 @@ class Consumer:
         if not self._close_account(delivery):
             return None
         failure = self._failure(delivery, error)
-        last = delivery.attempt >= self.subscription.max_attempts
-        if isinstance(error, Reject | DecodeError) or last:
+        foreseen = isinstance(error, Reject | DecodeError)
+        debug = log.isEnabledFor(logging.DEBUG)
+        traced = None if error.__traceback__ is None else error
+        if foreseen or delivery.attempt >= self.subscription.max_attempts:
             log.error(
                 "%s: message %s on %s to the dead letters after attempt %d: %s: %s",
                 self._title,
@@ -301,7 +303,7 @@ class Consumer:
                 delivery.attempt,
                 failure.error_type,
                 failure.error,
-                exc_info=error if log.isEnabledFor(logging.DEBUG) else None,
+                exc_info=traced if debug or not foreseen else None,
             )
             return self._bury(delivery, failure)
         after = error.after if isinstance(error, Retry) else None
@@ -315,7 +317,7 @@ class Consumer:
             delay,
             failure.error_type,
             failure.error,
-            exc_info=error if log.isEnabledFor(logging.DEBUG) else None,
+            exc_info=traced if debug else None,
         )
         delivery.failure = failure
         delivery.delay = delay
@@ -343,7 +345,7 @@ class Consumer:
         return Failure(
             subscription=self.subscription.label,
             error_type=type(error).__name__,
-            error=_text_of(error)[:MAX_ERROR_TEXT].encode("utf-8", "replace").decode(),
+            error=text_of(error),
             attempts=delivery.attempt,
             first_at=delivery.failure.first_at if delivery.failure is not None else now,
             last_at=now,
@@ -469,10 +471,3 @@ class Consumer:
         stored = self.failed(delivery, Reject(reason))
         if stored is not None:
             await stored
-
-
-def _text_of(error: BaseException) -> str:
-    try:
-        return str(error.reason if isinstance(error, Reject) else error)
-    except Exception as broken:  # a user's error class: its text may be anything, also an error
-        return f"(an error without text: its __str__ raised {type(broken).__name__})"

@@ -39,7 +39,8 @@ class Failure:
     Arguments:
         subscription: the subscription whose member failed.
         error_type: class name of the error, as ``ValueError``.
-        error: its text, at most 2,000 characters.
+        error: its text and where it was raised, as ``'nobody' (social/subscribers.py:14 in notify)``: at most 2,000
+            characters. What `Reject` was given is the whole text.
         attempts: how many times the message was handed to a handler (or lost with its process).
         first_at: time of the first failure, seconds since the epoch.
         last_at: time of the last failure, seconds since the epoch.

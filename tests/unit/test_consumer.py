@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
+import logging
+import re
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -16,12 +20,16 @@ from pubsub_facade import (
     ConnectionLost,
     Delivery,
     Message,
+    Reject,
+    Retry,
     Settings,
     TopologyConflict,
 )
+from pubsub_facade._failure_text import text_of
 from pubsub_facade.backends.memory import Hub
 from pubsub_facade.consumer import Consumer
 from pubsub_facade.testing.conformance import Inbox, nothing_more, receive, until
+from pubsub_facade.topics import check_topic
 
 SOON = Backoff(0.01, 0.05, jitter=0)
 
@@ -332,8 +340,11 @@ async def test_a_stream_that_cannot_be_entered_is_forgotten(pubsub: AsyncPubSub,
     assert not pubsub._streams
 
 
-async def test_a_member_keeps_nothing_of_what_it_has_settled(pubsub: AsyncPubSub) -> None:
+async def test_a_member_keeps_nothing_of_what_it_has_settled(
+    pubsub: AsyncPubSub, caplog: pytest.LogCaptureFixture
+) -> None:
     """Memory stays flat: after many messages of every outcome a member reaches at most its last delivery."""
+    caplog.set_level(logging.CRITICAL, "pubsub_facade")  # pytest keeps log records, and so their tracebacks
 
     def act(delivery: Delivery) -> None:
         if delivery.payload % 10 == 0:
@@ -375,6 +386,100 @@ async def test_dead_letters_outlive_a_replay_that_failed(
     (letter,) = [letter async for letter in letters]
     assert letter.failure is not None
     assert letter.failure.error == "bad"
+
+
+def _line_of(text: str) -> int:
+    """The number of the line of this file that holds ``text`` first."""
+    return Path(__file__).read_text().splitlines().index(text) + 1
+
+
+def _lookup(counts: dict[str, int]) -> int:
+    return counts["nobody"]  # the place that is told
+
+
+def _load(body: str) -> object:
+    return json.loads(body)
+
+
+@pytest.mark.parametrize("sync", [False, True])
+async def test_a_failure_tells_its_place_and_the_last_one_its_traceback(
+    pubsub: AsyncPubSub, caplog: pytest.LogCaptureFixture, sync: bool
+) -> None:
+    secret = "the-value-of-a-variable"
+
+    async def handle(payload: int) -> None:
+        _lookup({secret: payload})
+
+    def handle_here(payload: int) -> None:
+        _lookup({secret: payload})
+
+    caplog.set_level(logging.INFO, "pubsub_facade")
+    pubsub.subscriber("a", subscription="s", max_attempts=2, backoff=SOON)(handle_here if sync else handle)
+    await pubsub.start()
+    await pubsub.publish("a", 1)
+    letters = pubsub.dead_letters("s")
+    while not await letters.count():  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+    line = _line_of('    return counts["nobody"]  # the place that is told')
+    place = f"'nobody' (tests/unit/test_consumer.py:{line} in _lookup)"
+    (letter,) = [letter async for letter in letters]
+    assert letter.failure is not None
+    assert (letter.failure.error_type, letter.failure.error) == ("KeyError", place)
+    retried, buried = [record for record in caplog.records if "attempt" in record.getMessage()]
+    assert retried.getMessage().endswith(f"KeyError: {place}")
+    assert retried.exc_info is None
+    assert buried.getMessage().endswith(f"KeyError: {place}")
+    assert caplog.text.count("Traceback") == 1
+    assert secret not in caplog.text
+
+
+def _raised(function: Callable[..., object], *arguments: object) -> BaseException:
+    try:
+        function(*arguments)
+    except BaseException as error:
+        return error
+    raise AssertionError
+
+
+def test_the_place_is_in_the_application_and_not_in_what_it_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    line = _line_of("    return json.loads(body)")
+    assert text_of(_raised(_load, "{")).endswith(f"(tests/unit/test_consumer.py:{line} in _load)")
+    inside = text_of(_raised(json.loads, "{"))  # _raised is the last of ours
+    assert inside.endswith(" in _raised)")
+    error = _raised(json.loads, "{")
+    assert error.__traceback__ is not None
+    error.__traceback__ = error.__traceback__.tb_next  # called by nobody: the standard library tells itself
+    assert re.search(r"/json/decoder\.py:\d+ in raw_decode\)$", text_of(error))
+    monkeypatch.chdir("/")
+    assert f"({__file__.removeprefix('/')}:" in text_of(_raised(_load, "{"))
+    monkeypatch.chdir(Path(__file__).parents[1] / "contrib")
+    assert f"({__file__}:" in text_of(_raised(_load, "{"))
+
+
+def test_the_place_is_where_the_application_called_this_library() -> None:
+    error = _raised(check_topic, "no..topic")
+    assert text_of(error).endswith(" in _raised)")
+    assert error.__traceback__ is not None
+    error.__traceback__ = error.__traceback__.tb_next
+    assert text_of(error) == str(error)
+
+
+def test_a_place_is_told_though_the_text_is_too_long_or_missing() -> None:
+    def fail(text: str) -> None:
+        raise ValueError(text)
+
+    long = text_of(_raised(fail, "x" * 5000))
+    assert len(long) == 2000
+    assert long.endswith("x (" + text_of(_raised(fail, ""))[1:])
+    assert text_of(ValueError("never raised")) == "never raised"
+
+
+def test_what_a_handler_answers_on_purpose_is_told_as_it_is() -> None:
+    def fail(error: Exception) -> None:
+        raise error
+
+    assert text_of(_raised(fail, Reject("not for us"))) == "not for us"
+    assert text_of(_raised(fail, Retry(5))) == "retry after 5 s"
 
 
 async def test_seek_frees_the_window(pubsub: AsyncPubSub) -> None:
