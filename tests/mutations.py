@@ -136,22 +136,22 @@ MUTATIONS: Final = (
     Mutation(
         "max_attempts is the last attempt",
         "consumer.py",
-        "last = delivery.attempt >= self.subscription.max_attempts",
-        "last = delivery.attempt + 1 >= self.subscription.max_attempts",
+        "or delivery.attempt >= self.subscription.max_attempts:",
+        "or delivery.attempt + 1 >= self.subscription.max_attempts:",
         "a_message_is_tried_max_attempts_times",
     ),
     Mutation(
         "Reject is no retry",
         "consumer.py",
-        "if isinstance(error, Reject | DecodeError) or last:",
-        "if isinstance(error, DecodeError) or last:",
+        "foreseen = isinstance(error, Reject | DecodeError)",
+        "foreseen = isinstance(error, DecodeError)",
         "reject_makes_a_dead_letter_at_once",
     ),
     Mutation(
         "what does not decode is no retry",
         "consumer.py",
-        "if isinstance(error, Reject | DecodeError) or last:",
-        "if isinstance(error, Reject) or last:",
+        "foreseen = isinstance(error, Reject | DecodeError)",
+        "foreseen = isinstance(error, Reject)",
         "an_undecodable_payload_is_a_dead_letter_at_once",
     ),
     Mutation(
