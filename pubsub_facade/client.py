@@ -251,7 +251,7 @@ class AsyncPubSub:
         await self._run(lambda backend: backend.delete(subscription))
 
     async def backlog(self, subscription: str) -> Backlog:
-        """How much waits, is in flight and is dead."""
+        """How much waits, is in flight and is dead; ``declared`` is False where there is no such subscription."""
         check_subscription(subscription)
         return await self._run(lambda backend: backend.inspect(subscription))
 

@@ -325,7 +325,7 @@ class PubSub:
         self._call(self._here().delete(subscription))
 
     def backlog(self, subscription: str) -> Backlog:
-        """How much waits, is in flight and is dead."""
+        """How much waits, is in flight and is dead. See `AsyncPubSub.backlog`."""
         return self._call(self._here().backlog(subscription))
 
     def seek(self, subscription: str, to: Position) -> None:

@@ -472,12 +472,12 @@ class Store:
 
     # -- numbers ------------------------------------------------------------------------------------
 
-    def inspect(self, name: str) -> tuple[int, int, int, float | None]:
-        """Waiting, in flight, dead, and when the oldest waiting was published."""
+    def inspect(self, name: str) -> tuple[int, int, int, float | None] | None:
+        """Waiting, in flight, dead, and when the oldest waiting was published; None: no such subscription."""
         self.look()
         route = self.routes.by_name.get(name)
         if route is None:
-            return 0, 0, 0, None
+            return None
         waiting = in_flight = 0
         firsts: list[int] = []
         for state, count, first in self._execute(

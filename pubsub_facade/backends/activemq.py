@@ -288,7 +288,8 @@ class ActivemqBackend(Backend):
     async def inspect(self, subscription: str) -> Backlog:
         record = await self.record(subscription)
         if record is None:
-            return Backlog(0, 0, 0, None) if self.capabilities.backlog else Backlog(None, None, None, None)
+            none = 0 if self.capabilities.backlog else None
+            return Backlog(none, none, none, None, declared=False)
         backlog = await self.form.count(self.session, subscription, record.places)
         # Of topics apart the broker counts for the wider place what it will never hand out.
         return replace(backlog, waiting=None) if record.apart else backlog

@@ -66,12 +66,14 @@ class Backlog:
         in_flight: messages handed out and not settled.
         dead: dead letters.
         oldest: age in seconds of the oldest waiting message.
+        declared: False: there is no subscription of this name.
     """
 
     waiting: int | None
     in_flight: int | None
     dead: int | None
     oldest: float | None
+    declared: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,7 +245,7 @@ class Backend(ABC):
 
     @abstractmethod
     async def inspect(self, subscription: str) -> Backlog:
-        """How much waits; what cannot be known cheaply is None."""
+        """How much waits; what cannot be known cheaply is None. ``declared`` is False where there is none such."""
 
     @abstractmethod
     def dead(self, subscription: str) -> AsyncIterator[Message]:

@@ -391,7 +391,7 @@ class KafkaBackend(Backend):
         await shared.registry.refresh()
         entry = shared.registry.entry(subscription)
         if entry is None:
-            return Backlog(0, 0, 0, None)
+            return Backlog(0, 0, 0, None, declared=False)
         there = await self._places(subscription, entry)
         ends = await shared.cluster.offsets(dict.fromkeys(there, LATEST))
         waiting = in_flight = 0

@@ -382,7 +382,7 @@ class MemoryBackend(Backend):
         with self.hub.lock:
             queue = self._space.queues.get(subscription)
             if queue is None:
-                return Backlog(0, 0, 0, None)
+                return Backlog(0, 0, 0, None, declared=False)
             waiting = [entry.message.timestamp for entry in (*queue.ready, *queue.parked)]
             known = [timestamp for timestamp in waiting if timestamp is not None]
             oldest = max(0.0, time.time() - min(known)) if known else None

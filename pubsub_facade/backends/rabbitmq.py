@@ -357,7 +357,7 @@ class RabbitmqBackend(Backend):
             if before == self._dead.ended:  # else some of them were back before they were counted
                 break
         if counts is None:
-            return Backlog(0, 0, 0, None)
+            return Backlog(0, 0, 0, None, declared=False)
         mine = [receiver for receiver in self._receivers if receiver.is_of(names)]
         in_flight = None
         if sum(receiver.consumers for receiver in mine) == counts.consumers:

@@ -176,7 +176,10 @@ class SqliteBackend(Backend):
         for receiver in self._receivers:
             if receiver.label == subscription:
                 await receiver.flush()
-        waiting, in_flight, dead, oldest = await self._ask(lambda store: store.inspect(subscription))
+        counts = await self._ask(lambda store: store.inspect(subscription))
+        if counts is None:
+            return Backlog(0, 0, 0, None, declared=False)
+        waiting, in_flight, dead, oldest = counts
         return Backlog(waiting, in_flight, dead, None if oldest is None else max(0.0, time.time() - oldest))
 
     async def dead(self, subscription: str) -> AsyncIterator[Message]:

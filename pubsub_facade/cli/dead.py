@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from itertools import islice
 from typing import Any, Final
 
@@ -26,7 +27,7 @@ from pubsub_facade.cli.output import (
     write_json,
 )
 from pubsub_facade.cli.publish import Template, content_of, content_option, header_option
-from pubsub_facade.cli.subscriptions import as_json_option, confirm, yes_option
+from pubsub_facade.cli.subscriptions import as_json_option, check_declared, confirm, yes_option
 from pubsub_facade.message import HeaderValue, Message
 from pubsub_facade.sync import SyncDeadLetters
 
@@ -66,7 +67,7 @@ def letters_of(ctx: click.Context) -> SyncDeadLetters:
 @click.pass_context
 def list_(ctx: click.Context, limit: int | None, as_json: bool) -> None:
     """List them, oldest first: id, topic, attempts, last failure and error."""
-    letters = islice(letters_of(ctx), limit)
+    letters = _oldest(letters_of(ctx), limit)
     if as_json:
         for letter in letters:
             write_json(described(letter))
@@ -79,6 +80,16 @@ def list_(ctx: click.Context, limit: int | None, as_json: bool) -> None:
         for letter in letters:
             write("\t".join(_row(letter)))
     flush()
+
+
+def _oldest(letters: SyncDeadLetters, limit: int | None) -> Iterator[Message]:
+    found = islice(letters, limit)
+    first = next(found, None)
+    if first is None:
+        check_declared(letters._pubsub, letters.subscription)
+        return
+    yield first
+    yield from found
 
 
 def _row(letter: Message) -> tuple[str, ...]:
@@ -159,6 +170,7 @@ def _find(letters: SyncDeadLetters, id: str) -> Message:
     for letter in letters:
         if letter.id == id:
             return letter
+    check_declared(letters._pubsub, letters.subscription)
     raise Failed(
         FAILED, f"subscription {letters.subscription!r} has no dead letter {id!r}: list them to see the ids"
     )
@@ -224,7 +236,8 @@ def _edited(letter: Message) -> str:
 def replay(ctx: click.Context, ids: tuple[str, ...], everything: bool) -> None:
     """Hand them out again, to this subscription only, as a first attempt."""
     _check_choice(ids, everything)
-    _tell("replayed", ids, letters_of(ctx).replay(None if everything else ids))
+    letters = letters_of(ctx)
+    _tell("replayed", letters, ids, letters.replay(None if everything else ids))
 
 
 @dead.command()
@@ -237,7 +250,8 @@ def purge(ctx: click.Context, ids: tuple[str, ...], everything: bool, yes: bool)
     _check_choice(ids, everything)
     what = "all dead letters" if everything else f"{len(set(ids))} dead letters"
     confirm(f"Remove {what} for good?", yes=yes)
-    _tell("purged", ids, letters_of(ctx).purge(None if everything else ids))
+    letters = letters_of(ctx)
+    _tell("purged", letters, ids, letters.purge(None if everything else ids))
 
 
 def _check_choice(ids: tuple[str, ...], everything: bool) -> None:
@@ -245,7 +259,9 @@ def _check_choice(ids: tuple[str, ...], everything: bool) -> None:
         raise click.UsageError("give ids, or --all" + (", and not both" if ids else ""))
 
 
-def _tell(done: str, ids: tuple[str, ...], count: int) -> None:
+def _tell(done: str, letters: SyncDeadLetters, ids: tuple[str, ...], count: int) -> None:
+    if not count:
+        check_declared(letters._pubsub, letters.subscription)
     write(f"{done} {count}")
     missing = len(set(ids)) - count
     if ids and missing:

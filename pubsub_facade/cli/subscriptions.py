@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Any, Literal
 
 import click
 
 from pubsub_facade.backends.base import Backlog
+from pubsub_facade.cli.errors import MISUSE, Failed
 from pubsub_facade.cli.options import Options, pass_options
-from pubsub_facade.cli.output import age_text, console, on_terminal, table, write, write_json
+from pubsub_facade.cli.output import age_text, console, flush, on_terminal, table, write, write_json
+from pubsub_facade.sync import PubSub
 
 as_json_option = click.option("--json", "as_json", is_flag=True, help="As JSON.")
 yes_option = click.option("--yes", "-y", is_flag=True, help="Do not ask.")
@@ -24,6 +27,22 @@ def confirm(question: str, *, yes: bool) -> None:
     if not sys.stdin.isatty():
         raise click.UsageError("nobody to ask: say --yes")
     click.confirm(question, abort=True, err=True)
+
+
+def missing(client: PubSub, subscriptions: Sequence[str]) -> Failed:
+    """The error for subscriptions that are not there."""
+    names = ", ".join(repr(name) for name in subscriptions)
+    return Failed(
+        MISUSE,
+        f"no subscription {names} in namespace {client.settings.namespace!r} on {client.settings.backend}: "
+        f"check the name and the namespace, or make it by `pubsub declare {subscriptions[0]} PATTERN`",
+    )
+
+
+def check_declared(client: PubSub, subscription: str) -> None:
+    """Raise Failed where there is no such subscription."""
+    if not client.backlog(subscription).declared:
+        raise missing(client, [subscription])
 
 
 @click.command(short_help="Ask the broker for an answer.")
@@ -79,13 +98,14 @@ def delete(options: Options, subscription: str, yes: bool) -> None:
 def backlog(options: Options, subscriptions: tuple[str, ...], as_json: bool) -> None:
     """Show how many messages wait, are in flight and are dead, and how old the oldest is.
 
-    "?" is what the broker does not tell.
+    "?" is what the broker does not tell. A subscription that is not there is an error.
     """
     with options.client() as client:
-        found = {name: client.backlog(name) for name in subscriptions}
+        asked = {name: client.backlog(name) for name in subscriptions}
+    found = {name: each for name, each in asked.items() if each.declared}
     if as_json:
         write_json({name: _fields(each) for name, each in found.items()})
-    elif on_terminal():
+    elif found and on_terminal():
         shown = table("subscription", "waiting", "in flight", "dead", "oldest")
         for name, each in found.items():
             shown.add_row(
@@ -98,6 +118,9 @@ def backlog(options: Options, subscriptions: tuple[str, ...], as_json: bool) -> 
                 f"{name}\twaiting={_count(each.waiting)}\tin_flight={_count(each.in_flight)}"
                 f"\tdead={_count(each.dead)}\toldest={_age(each.oldest)}"
             )
+    flush()
+    if len(found) < len(asked):
+        raise missing(client, [name for name in asked if name not in found])
 
 
 def _fields(backlog: Backlog) -> dict[str, Any]:
@@ -132,6 +155,7 @@ def seek(options: Options, subscription: str, to: str, yes: bool) -> None:
     confirm(f"Move subscription {subscription!r} to {to}?", yes=yes)
     with options.client() as client:
         client.seek(subscription, position)
+        check_declared(client, subscription)
     write(f"moved {subscription} to {position if isinstance(position, str) else position.isoformat()}")
 
 

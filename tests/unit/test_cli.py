@@ -726,7 +726,42 @@ def test_declare_backlog_seek_and_delete(pubsub: Callable[..., Result], client: 
     assert pubsub("seek", "analytics", "2020-01-01T00:00:00Z", "--yes").returncode == 0
     assert json.loads(pubsub("backlog", "analytics", "--json").stdout)["analytics"]["waiting"] == 2
     assert pubsub("delete", "analytics", "-y").stdout == "deleted analytics\n"
-    assert json.loads(pubsub("backlog", "analytics", "--json").stdout)["analytics"]["waiting"] == 0
+    assert pubsub("backlog", "analytics").returncode == 2
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["backlog", "nosuch"],
+        ["backlog", "nosuch", "--json"],
+        ["seek", "nosuch", "end", "--yes"],
+        ["dead", "nosuch"],
+        ["dead", "nosuch", "list"],
+        ["dead", "nosuch", "list", "--json"],
+        ["dead", "nosuch", "show", "an-id"],
+        ["dead", "nosuch", "edit", "an-id", "new"],
+        ["dead", "nosuch", "replay", "--all"],
+        ["dead", "nosuch", "replay", "an-id"],
+        ["dead", "nosuch", "purge", "--all", "--yes"],
+    ],
+)
+def test_a_subscription_that_is_not_there_is_an_error(
+    command: list[str], pubsub: Callable[..., Result]
+) -> None:
+    result = pubsub(*command)
+    shown = "{}\n" if command == ["backlog", "nosuch", "--json"] else ""
+    assert (result.returncode, result.stdout) == (2, shown)
+    one_line(result, "no subscription 'nosuch'", "'social'", "sqlite", "pubsub declare nosuch PATTERN")
+
+
+def test_backlog_shows_those_that_are_there_and_names_the_others(
+    pubsub: Callable[..., Result], client: PubSub
+) -> None:
+    client.declare("a", subscription="here")
+    result = pubsub("backlog", "nosuch", "here", "neither")
+    assert result.returncode == 2
+    assert result.stdout.startswith("here\twaiting=0")
+    one_line(result, "no subscription 'nosuch', 'neither' in")
 
 
 def test_declare_takes_a_filter(pubsub: Callable[..., Result], client: PubSub) -> None:

@@ -114,8 +114,10 @@ class Subscriptions(Suite):
             received = await receive(stream, 3, ack=False)
             await received[0].reject("dead before the end")
             await received[1].retry(60)
+            assert (await pubsub.backlog("analytics")).declared
         await pubsub.delete("analytics")
         backlog = await pubsub.backlog("analytics")
+        assert not backlog.declared
         assert {backlog.waiting, backlog.in_flight, backlog.dead} <= {0, None}
         await pubsub.publish("social.post", "to nobody")
         async with pubsub.subscribe("social.#", subscription="analytics") as stream:
