@@ -43,6 +43,9 @@ BEFORE: Final = frozenset({"--config", "--url", "--namespace", "--debug"})
 HANGUP: Final = 141
 """Nobody reads our output any more: what a shell shows for SIGPIPE."""
 
+_NoArguments: Final = getattr(click.exceptions, "NoArgsIsHelpError", ())
+"""A group without a command: its text is the help. Click 8.1 shows that by itself."""
+
 _MISUSES: Final = (ConfigError, TopicError, FilterError, MessageError, UnsupportedFeature, TopologyConflict)
 
 
@@ -101,10 +104,13 @@ def guarded(
     except (KeyboardInterrupt, click.Abort):
         say("interrupted")
         return INTERRUPTED
+    except _NoArguments as error:
+        click.echo(error.format_message(), err=True)
+        return MISUSE
     except click.NoSuchOption as error:
         if error.option_name not in BEFORE:
             return _misuse(error)
-        say(f"{error.option_name} stands before the command: pubsub {error.option_name} …")
+        say(f"{error.option_name} stands before the command: {name} {error.option_name} …")
         return MISUSE
     except click.UsageError as error:
         return _misuse(error)

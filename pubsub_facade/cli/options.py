@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -27,12 +27,14 @@ class Options:
         config: the config file; None: the usual places.
         overrides: fields of `Settings` given on the command line.
         debug: tracebacks, and the log from level DEBUG on.
+        commands: a framework's own, instead of ours of that name.
     """
 
     load: Callable[..., Settings] = Settings.load
     config: str | None = None
     overrides: dict[str, Any] = field(default_factory=dict)
     debug: bool = False
+    commands: Mapping[str, click.Command] = field(default_factory=dict)
 
     def settings(self) -> Settings:
         """The settings in force. Raises ConfigError."""

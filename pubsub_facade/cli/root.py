@@ -27,6 +27,8 @@ COMMANDS: Final = {
     "dead": "dead",
 }
 
+RUNS_BY: Final = {"manage.py pubsub": "manage.py runsubscribers"}
+"""Programs whose handlers are run by a command of its own."""
 
 CONTEXT: Final = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
@@ -35,9 +37,12 @@ class Commands(click.Group):
     """The commands, in the order one meets them."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return [*COMMANDS]
+        return [name for name in COMMANDS if name != "run" or ctx.command_path not in RUNS_BY]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        options = ctx.find_object(Options)
+        if options is not None and cmd_name in options.commands:
+            return options.commands[cmd_name]
         module = COMMANDS.get(cmd_name)
         if module is None:
             return None
@@ -48,6 +53,10 @@ class Commands(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] == "run" and ctx.command_path in RUNS_BY:
+            raise click.UsageError(
+                f"{ctx.command_path} runs no handlers: use {RUNS_BY[ctx.command_path]}", ctx
+            )
         if args and args[0] not in COMMANDS:
             hint = nearest(args[0], COMMANDS)
             known = f"did you mean {hint!r}?" if hint else f"known are {', '.join(COMMANDS)}"

@@ -244,6 +244,8 @@ def _command(extension: FlaskPubSub) -> click.Command:
 
         options.log(logging.INFO)
         app: Flask = current_app._get_current_object()  # type: ignore[attr-defined]
+        if options.config is not None or options.overrides:
+            app.extensions[NAME] = options.client()
         left = extension.run(app, concurrency=concurrency, grace=grace, drain=drain, health=health)
         if left:
             raise Failed(UNFINISHED, f"{left} messages were not finished within {grace:g} s; they come again")
@@ -263,9 +265,6 @@ def _command(extension: FlaskPubSub) -> click.Command:
         def load(config: str | None = None, **overrides: Any) -> Settings:
             return load_settings(value, config, **overrides)
 
-        options = Options(load=load)
-        if arguments[:1] == ("run",):
-            sys.exit(guarded(run, arguments[1:], options, f"flask {NAME} run"))
-        sys.exit(guarded(cli, arguments, options, f"flask {NAME}"))
+        sys.exit(guarded(cli, arguments, Options(load=load, commands={"run": run}), f"flask {NAME}"))
 
     return pubsub

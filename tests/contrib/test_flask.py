@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -143,6 +144,32 @@ def test_the_command_line_publishes_and_runs_the_application_s_handlers(tmp_path
     assert app.run("nonesuch").returncode == 2
     assert app.run("run", "--health", "x").returncode == 2
     assert "sqlite.path" in app.run("config", "show").stdout
+
+
+def test_options_before_the_command_hold_for_run_too(tmp_path: Path) -> None:
+    app = Application(tmp_path)
+    for name in ("analytics", "audit"):
+        assert app.run("--namespace", "mine", "declare", name, "social.#").returncode == 0
+    assert (
+        app.run("--namespace", "mine", "publish", "social.post.created", '{"text": "hello"}').returncode == 0
+    )
+    done = app.run("run", "--drain")
+    assert (done.returncode, (tmp_path / "output").exists()) == (0, False), done.stderr
+    done = app.run("--debug", "--namespace", "mine", "run", "--drain")
+    assert done.returncode == 0, done.stderr
+    assert sorted((tmp_path / "output").read_text().splitlines()) == ["audit hello", "hello"]
+    assert "Traceback" in app.run("--debug", "run", "--health", "x").stderr
+    done = app.run("run", "--debug")
+    assert done.returncode == 2
+    assert done.stderr == "pubsub: --debug stands before the command: flask pubsub --debug …\n"
+    assert "MODULE:OBJECT" not in app.run("run", "--help").stdout
+
+
+def test_the_command_alone_shows_its_help(tmp_path: Path) -> None:
+    done = Application(tmp_path).run()
+    assert done.returncode == 2
+    assert done.stderr.startswith("Usage: flask pubsub [OPTIONS] COMMAND")
+    assert re.search("\n  run +Run the application's handlers", done.stderr)
 
 
 def test_run_ends_on_sigterm(tmp_path: Path) -> None:

@@ -20,7 +20,9 @@ from typing import Any
 import pytest
 
 from pubsub_facade import PubSub, Reject, __version__
+from pubsub_facade.cli.errors import guarded
 from pubsub_facade.cli.publish import parse_header, ranges
+from pubsub_facade.cli.root import cli
 
 PUBSUB = str(Path(sys.executable).with_name("pubsub"))
 SECRET = "hunter2-9fe1"
@@ -160,6 +162,25 @@ def test_version_is_told_quickly(pubsub: Callable[..., Result]) -> None:
         spent.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
         assert result.stdout == f"pubsub-facade {__version__}\n"
     assert min(spent) < 0.6, spent  # s of the processor: 0.3 here, whoever else is busy
+
+
+@pytest.mark.parametrize("command", [[], ["config"]])
+def test_a_group_without_a_command_shows_its_help(command: list[str], pubsub: Callable[..., Result]) -> None:
+    result = pubsub(*command)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == pubsub(*command, "--help").stdout
+
+
+@pytest.mark.parametrize("arguments", [["run"], ["run", "app:pubsub"], ["--debug", "run"]])
+def test_a_program_that_runs_handlers_by_another_command_names_it(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert guarded(cli, arguments, name="manage.py pubsub") == 2
+    assert "manage.py pubsub runs no handlers: use manage.py runsubscribers" in capsys.readouterr().err
+    guarded(cli, ["--help"], name="manage.py pubsub")
+    shown = capsys.readouterr().out
+    assert "publish" in shown
+    assert "\n  run " not in shown
 
 
 def test_help_names_every_command(pubsub: Callable[..., Result]) -> None:
