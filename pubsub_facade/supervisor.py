@@ -191,7 +191,9 @@ class Supervisor:
             return
         previous, self.state = self.state, state
         if state == "connected":
-            log.info("%s: connected%s", self.backend.name, " again" if previous == "reconnecting" else "")
+            again = " again" if previous == "reconnecting" else ""
+            place = f" to {self.backend.place}" if self.backend.place else ""
+            log.info("%s: connected%s%s", self.backend.name, again, place)
         for listener in self._listeners:
             try:
                 listener(state)

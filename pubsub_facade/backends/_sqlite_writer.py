@@ -18,6 +18,7 @@ import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, Final
 
@@ -135,6 +136,11 @@ class Writer:
             self.pipes.close()
         else:
             self.pipes.forget_descriptors()
+
+    @property
+    def path(self) -> Path:
+        """The file, absolute since this was made."""
+        return self._sqlite.path
 
     @property
     def _name(self) -> str:

@@ -189,6 +189,11 @@ class Backend(ABC):
     def capabilities(self) -> Capabilities:
         """The truth, known without a connection; the conformance suite tests it."""
 
+    @property
+    def place(self) -> str:
+        """What it is connected to, where the log should say so: a file's absolute path; "": nothing to add."""
+        return ""
+
     @abstractmethod
     async def open(self) -> None:
         """Connect. Raises ConnectionFailed or AuthenticationFailed, naming the address (no password)."""

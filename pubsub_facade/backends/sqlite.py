@@ -64,6 +64,10 @@ class SqliteBackend(Backend):
 
     # -- life -------------------------------------------------------------------------------------
 
+    @property
+    def place(self) -> str:
+        return "" if self._writer is None else str(self._writer.path)
+
     async def open(self) -> None:
         if self._hopeless is not None:
             raise self._hopeless

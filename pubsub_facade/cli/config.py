@@ -30,7 +30,7 @@ def config() -> None:
 @click.option("--json", "as_json", is_flag=True, help="One JSON object: key to value and origin.")
 @pass_options
 def show(options: Options, everything: bool, as_json: bool) -> None:
-    """Show each setting and where its value came from; secrets are masked.
+    """Show each setting and where its value came from; secrets are masked, files are absolute.
 
     Sections of backends that are not in force are left out unless something in them was set.
     """
@@ -91,7 +91,9 @@ def _flat(key: str, value: Any) -> Iterator[tuple[str, Any]]:
 def _plain(key: str, value: Any) -> Any:
     if isinstance(value, SecretStr):
         return MASK
-    if isinstance(value, Secret | Path):
+    if isinstance(value, Path):
+        return str(value.absolute())
+    if isinstance(value, Secret):
         return str(value)
     return masked(value, key.rpartition(".")[2]) if key.startswith("options.") else value
 

@@ -698,6 +698,12 @@ def test_config_show_says_where_each_value_came_from(place: Path, pubsub: Callab
     assert SECRET not in result.stdout + result.stderr
 
 
+def test_config_show_says_which_file_it_is(place: Path, pubsub: Callable[..., Result]) -> None:
+    assert f'sqlite.path = "{place}/pubsub.db"  # default\n' in pubsub("config", "show").stdout
+    shown = json.loads(pubsub("--url", "sqlite:///data/x.db", "config", "show", "--json").stdout)
+    assert shown["sqlite.path"]["value"] == f"{place}/data/x.db"
+
+
 def test_config_show_as_json_has_everything(pubsub: Callable[..., Result]) -> None:
     result = pubsub(
         "config", "show", "--all", "--json", env={"PUBSUB_URL": f"kafka://app:{SECRET}@one,two:1"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import multiprocessing
 import os
 import random
@@ -498,14 +499,16 @@ async def test_a_file_removed_in_use_is_noticed_before_a_message_is_lost_in_it(p
 
 
 async def test_a_relative_path_means_the_same_file_after_the_directory_has_changed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path)
     async with client(Path("pubsub.db")) as pubsub:
-        await pubsub.declare("social.#", subscription="analytics")
+        with caplog.at_level(logging.INFO, "pubsub_facade"):
+            await pubsub.declare("social.#", subscription="analytics")
         monkeypatch.chdir(tmp_path / "elsewhere")
         await pubsub.publish("social.post", 1)
+    assert f"sqlite: connected to {tmp_path}/pubsub.db" in [each.getMessage() for each in caplog.records]
     assert not (tmp_path / "elsewhere" / "pubsub.db").exists()
     with shell(tmp_path / "pubsub.db") as sql:
         assert sql.execute("SELECT count(*) FROM messages").fetchone() == (1,)

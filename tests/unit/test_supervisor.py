@@ -15,6 +15,7 @@ from pubsub_facade.supervisor import Supervisor
 
 class Broker:
     name = "fake"
+    place = ""
 
     def __init__(self, *outcomes: BaseException | None) -> None:
         self.outcomes = list(outcomes)
