@@ -83,12 +83,14 @@ class Outcome:
     Arguments:
         count: messages of the group.
         returned: ids that no queue would get: certainly not stored.
+        returning: the routing keys of those.
         refused: ids that a queue refused; another may have stored them.
         refusing: the routing keys of those.
     """
 
     count: int
     returned: list[str] = field(default_factory=list)
+    returning: list[str] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
     refusing: set[str] = field(default_factory=set)
 
@@ -199,7 +201,9 @@ class Confirms:
         outcome = Outcome(len(group.messages), refused=[message.id for message in group.refused])
         outcome.refusing = {message.routing_key for message in group.refused}
         if self._returned:
-            outcome.returned = [message.id for message in group.messages if message.id in self._returned]
+            returned = [message for message in group.messages if message.id in self._returned]
+            outcome.returned = [message.id for message in returned]
+            outcome.returning = [message.routing_key for message in returned]
             self._returned.difference_update(outcome.returned)
         if group.done.done():
             return

@@ -16,8 +16,9 @@ from collections.abc import AsyncIterator, Callable, Collection, Iterable, Seque
 from datetime import datetime
 from typing import Final
 
+from pubsub_facade.backends._required import unheard
 from pubsub_facade.backends.base import Backend, Backlog, Capabilities, Position, Receiver, Timer
-from pubsub_facade.errors import ConnectionLost, Fate, SendFailed
+from pubsub_facade.errors import ConnectionLost, SendFailed
 from pubsub_facade.filters import Filter
 from pubsub_facade.message import Delivery, Failure, Message
 from pubsub_facade.settings import Settings
@@ -312,12 +313,12 @@ class MemoryBackend(Backend):
         with hub.lock:
             hub.check("send")
             space = self._space
-            refused: dict[str, Fate] = {}
+            refused: list[Message] = []
             for message in messages:
                 if self.settings.require_subscribers and not any(
                     queue.wants(message) for queue in space.all()
                 ):
-                    refused[message.id] = "not stored"
+                    refused.append(message)
                     continue
                 space.history.append(message)
                 if message.delay:
@@ -328,8 +329,8 @@ class MemoryBackend(Backend):
                     hub.route(space, message)
         if refused:
             raise SendFailed(
-                f"memory: {len(refused)} of {len(messages)} messages have no subscription (require_subscribers is set)",
-                refused,
+                unheard("memory", (message.topic for message in refused), len(messages)),
+                {message.id: "not stored" for message in refused},
             )
 
     async def resend(self, subscription: str, messages: Sequence[Message]) -> None:

@@ -29,6 +29,7 @@ from pubsub_facade.backends._rabbitmq_link import NOT_FOUND, Channel, ChannelClo
 from pubsub_facade.backends._rabbitmq_names import LEVELS, Arguments, Names, Record, level_for
 from pubsub_facade.backends._rabbitmq_receiver import RabbitmqReceiver
 from pubsub_facade.backends._rabbitmq_topology import Topology
+from pubsub_facade.backends._required import unheard
 from pubsub_facade.backends.base import Backend, Backlog, Capabilities, Finding, Receiver
 from pubsub_facade.errors import (
     AuthenticationFailed,
@@ -301,14 +302,15 @@ class RabbitmqBackend(Backend):
             return None
         reasons = []
         if outcome.returned:
-            reasons.append(f"{len(outcome.returned)} have no subscription (require_subscribers is set)")
+            reasons.append(unheard("rabbitmq", outcome.returning, outcome.count))
             if self._topology is not None:
                 self._topology.distrust(outcome)
         if outcome.refused:
             reasons.append(
-                f"{len(outcome.refused)} were refused by a queue: is it full, or without its quorum?"
+                f"rabbitmq: {len(outcome.refused)} of {outcome.count} messages were refused by a queue: is it full, or "
+                "without its quorum?"
             )
-        return SendFailed(f"rabbitmq: of {outcome.count} messages {' and '.join(reasons)}", outcome.fates)
+        return SendFailed("; ".join(reasons), outcome.fates)
 
     async def resend(self, subscription: str, messages: Sequence[Message]) -> None:
         topology = await self._consuming()

@@ -16,6 +16,7 @@ from datetime import datetime
 from functools import partial
 from typing import Any, Final
 
+from pubsub_facade.backends._required import unheard
 from pubsub_facade.backends._sqlite_doctor import examine
 from pubsub_facade.backends._sqlite_letters import discard, last_letter, letters
 from pubsub_facade.backends._sqlite_operations import Copy, Send, Turn, resolver
@@ -137,7 +138,7 @@ class SqliteBackend(Backend):
         refused = await self._send(messages, None)
         if refused:
             raise SendFailed(
-                f"sqlite: {len(refused)} of {len(messages)} messages have no subscription (require_subscribers is set)",
+                unheard("sqlite", (message.topic for message in refused), len(messages)),
                 {message.id: "not stored" for message in refused},
             )
 

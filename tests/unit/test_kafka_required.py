@@ -22,6 +22,7 @@ from pubsub_facade.backends._kafka_presence import Presence
 from pubsub_facade.backends._kafka_producer import Producer
 from pubsub_facade.backends._kafka_records import TP, Outgoing
 from pubsub_facade.backends._kafka_registry import Ends, Entry, Lease, Move, Registry
+from pubsub_facade.backends._required import unheard
 from pubsub_facade.backends.kafka import KafkaBackend
 from pubsub_facade.errors import TopologyConflict
 from pubsub_facade.subscription import Definition, Era
@@ -338,6 +339,15 @@ def backend(monkeypatch: pytest.MonkeyPatch, log: Log) -> tuple[KafkaBackend, li
     return made, stored
 
 
+def test_a_refusal_names_the_topics_and_what_to_do() -> None:
+    topics = ["a", "b", "a", "c", "d", "e"]
+    assert unheard("kafka", topics, 9) == (
+        "kafka: 6 of 9 messages have no subscription (require_subscribers is set), on 'a', 'b', 'c' and 2 more: run "
+        "the handlers first, or `pubsub declare NAME PATTERN` with a pattern that matches"
+    )
+    assert "on 'a':" in unheard("kafka", ["a"], 1)
+
+
 async def test_of_a_batch_only_what_nobody_would_get_is_refused(
     log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -345,7 +355,7 @@ async def test_of_a_batch_only_what_nobody_would_get_is_refused(
     made, stored = backend(monkeypatch, log)
     messages = [Message("a" if n % 2 else "b", n, id=str(n)) for n in range(4)]
     with pytest.raises(
-        SendFailed, match=r"2 of 4 messages have no subscription \(require_subscribers is set\)"
+        SendFailed, match=r"2 of 4 messages have no subscription \(require_subscribers is set\), on 'b': run"
     ) as caught:
         await made.send(messages)
     assert caught.value.fates == {"0": "not stored", "2": "not stored"}

@@ -235,6 +235,8 @@ class Delivering(Suite):
             with pytest.raises(SendFailed) as caught:
                 await pubsub.publish("other.topic", "to nobody", id="alone")
             assert caught.value.fates == {"alone": "not stored"}
+            assert "'other.topic'" in str(caught.value)
+            assert "pubsub declare" in str(caught.value)
             with pytest.raises(SendFailed) as caught:
                 await pubsub.publish_many(
                     Message("social.post" if n % 2 else "other.topic", n, id=f"id-{n}") for n in range(10)
