@@ -447,9 +447,11 @@ class AsyncPubSub:
             self.left += left
             if left:
                 log.warning(
-                    "subscription %s: %d deliveries were not finished in time; they come again",
-                    consumer.subscription.label,
-                    left,
+                    "subscription %s: %s",
+                    consumer.subscription.label or "(ephemeral)",
+                    f"1 delivery was not finished within {grace:g} s; it comes again"
+                    if left == 1
+                    else f"{left} deliveries were not finished within {grace:g} s; they come again",
                 )
 
     async def __aenter__(self) -> Self:

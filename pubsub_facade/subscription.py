@@ -198,5 +198,13 @@ class Definition:
 
 
 def patterns_of(patterns: Iterable[str]) -> tuple[str, ...]:
-    """Patterns as a tuple without twins, in the order given."""
-    return tuple(dict.fromkeys(patterns))
+    """Patterns as a tuple without twins, in the order given. Raises TopicError for a decorator without parentheses."""
+    given = tuple(dict.fromkeys(patterns))
+    for pattern in given:
+        if callable(pattern):
+            name = getattr(pattern, "__qualname__", repr(pattern))
+            raise TopicError(
+                f"pattern {name} is a function: write "
+                '@subscriber("social.post.*", subscription="..."), with patterns of your own, above it'
+            )
+    return given

@@ -21,6 +21,8 @@ _BUILT_IN: Final = {
     "activemq": ("activemq", "ActivemqBackend", "activemq"),
 }
 
+FLAVORS: Final = {"artemis": "artemis is backend 'activemq' with flavor 'artemis'"}
+
 
 def create(settings: Settings) -> Backend:
     """The backend that ``settings.backend`` names, not yet connected.
@@ -50,7 +52,7 @@ def backend_class(name: str) -> type[Backend]:
             hint = nearest(name, known)
             raise ConfigError(
                 f"unknown backend {name!r}: "
-                + (f"did you mean {hint!r}? " if hint else "")
+                + (f"{FLAVORS[name]}; " if name in FLAVORS else f"did you mean {hint!r}? " if hint else "")
                 + f"known are {', '.join(known)}"
             )
         found = entries[name].load()

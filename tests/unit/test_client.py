@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import uuid
 from collections.abc import AsyncIterator, Iterator
 
@@ -15,6 +16,8 @@ from pubsub_facade import (
     ConnectionLost,
     MessageError,
     Settings,
+    Subscribers,
+    TopicError,
     TopologyConflict,
 )
 from pubsub_facade.backends.memory import Hub
@@ -113,9 +116,50 @@ async def test_arguments_that_cannot_work_are_refused_at_once(pubsub: AsyncPubSu
             pubsub.subscribe("a", window=window)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="namespace"):
         AsyncPubSub(pubsub.settings, namespace="other")
+    with pytest.raises(
+        ConfigError, match="'artemis': artemis is backend 'activemq' with flavor 'artemis'; known"
+    ):
+        AsyncPubSub(backend="artemis")
     with pytest.raises(ConfigError, match="unknown backend"):
         AsyncPubSub(backend="pigeon")
     assert pubsub.state == "idle"
+
+
+def test_a_decorator_without_parentheses_is_told_how_to_be_written(pubsub: AsyncPubSub) -> None:
+    def notify(post: dict[str, str]) -> None: ...
+
+    for decorate in (pubsub.subscriber, Subscribers().subscriber, pubsub.subscribe):
+        with pytest.raises(TopicError) as raised:
+            decorate(notify)  # type: ignore[operator]
+        assert "notify is a function" in str(raised.value)
+        assert 'write @subscriber("social.post.*", subscription="...")' in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (1, "subscription s: 1 delivery was not finished within 0.01 s; it comes again"),
+        (2, "subscription s: 2 deliveries were not finished within 0.01 s; they come again"),
+    ],
+)
+async def test_what_was_not_finished_at_the_end_is_told_once(
+    pubsub: AsyncPubSub, caplog: pytest.LogCaptureFixture, count: int, text: str
+) -> None:
+    begun, gate = threading.Semaphore(0), threading.Event()
+
+    def handle(payload: int) -> None:
+        begun.release()
+        gate.wait()
+
+    pubsub.subscriber("a", subscription="s", concurrency=2)(handle)
+    await pubsub.start()
+    for number in range(count):
+        await pubsub.publish("a", number)
+        assert await asyncio.to_thread(begun.acquire, timeout=DEADLINE)
+    await pubsub.close(grace=0.01)
+    gate.set()
+    assert [line.getMessage() for line in caplog.records if "not finished" in line.getMessage()] == [text]
+    assert pubsub.left == count
 
 
 async def test_dead_letters_are_browsed_on_a_new_link_when_the_old_one_is_lost(
