@@ -1,7 +1,7 @@
 """The Django how-to (``django.md``), followed as a new user would, in an empty folder.
 
-A python block goes to the file that its first line names; a console line that ends in ``&`` goes on in the background
-until the page ends, and must have handled what the page published.
+A python block goes to the file that its first line names; a console block marked ``in the background`` says what it
+shows before the page goes on, goes on until that ends, and must have handled what the page published.
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ class Newcomer(Reader):
                 self._write(block.text)
             elif block.kind == "console":
                 for command, shown in typed(block.text):
-                    self._type(command, shown)
+                    if block.mark.endswith("in the background"):
+                        self._start(command, shown)
+                    else:
+                        self._type(command, shown)
 
     def _write(self, text: str) -> None:
         named = NAMED.match(text)
@@ -42,21 +45,22 @@ class Newcomer(Reader):
         with (self.place / named["path"]).open("a" if named["add"] else "w") as file:
             file.write("\n" + text if named["add"] else text)
 
-    def _type(self, command: str, shown: str) -> None:
-        if command.endswith(" &"):
-            with self.handlers.open("w") as log:
-                self.background.append(
-                    subprocess.Popen(
-                        ["bash", "-c", f"exec {command[:-2]}"],
-                        cwd=self.place,
-                        env=self.environment,
-                        stdout=log,
-                        stderr=log,
-                        text=True,
-                    )
+    def _start(self, command: str, shown: str) -> None:
+        with self.handlers.open("w") as log:
+            self.background.append(
+                subprocess.Popen(
+                    ["bash", "-c", f"exec {command}"],
+                    cwd=self.place,
+                    env=self.environment,
+                    stdout=log,
+                    stderr=log,
+                    text=True,
                 )
-            self.wait_for("receiving")
-            return
+            )
+        for line in shown.splitlines():
+            self.wait_for(line.removeprefix("…"))
+
+    def _type(self, command: str, shown: str) -> None:
         done = self.run(["bash", "-c", command])
         got = (done.stdout + done.stderr).rstrip("\n")
         assert done.returncode == 0, f"$ {command}\n{got}"

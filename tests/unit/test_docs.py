@@ -3,7 +3,8 @@
 Fenced blocks run from top to bottom: ``python`` as a script (``<!-- continues -->`` before it: after the block
 above, in one script; ``<!-- file: app.py -->``: written to that file), ``toml`` is loaded as settings (with
 ``<!-- file: pubsub.toml -->`` it stays for what follows), ``console`` is typed line by line and its output
-compared (``…`` stands for anything; ``<!-- background -->``: goes on until the page ends, and must end well).
+compared (``…`` stands for anything; ``<!-- background -->``: goes on until the page ends, and must end well; what
+it shows is compared once it receives).
 ``<!-- tested by: path -->`` names the test that runs a block elsewhere. Blocks in ``sh`` are for machines that
 are being set up, and are not run.
 """
@@ -31,7 +32,7 @@ FENCE = re.compile(
     r"(?:^<!-- (?P<mark>[^\n]*?) -->\n)?^(?P<indent> *)```(?P<kind>[a-z]*)[^\n]*\n(?P<text>.*?)^(?P=indent)```$",
     re.MULTILINE | re.DOTALL,
 )
-MARKS = re.compile(r"continues|background|file: [\w./-]+|tested by: [\w./-]+")
+MARKS = re.compile(r"continues|background|file: [\w./-]+|tested by: [\w./-]+(, in the background)?")
 NOT_RUN = frozenset({"", "sh", "text", "ini", "json", "sql", "html", "xml", "mermaid", "yaml", "dockerfile"})
 DEADLINE = 30.0  # s
 
@@ -82,7 +83,7 @@ class Reader:
         if block.mark and not MARKS.fullmatch(block.mark):
             return self.fail(block, f"unknown mark {block.mark!r}")
         if block.mark.startswith("tested by: "):
-            path = ROOT / block.mark.removeprefix("tested by: ")
+            path = ROOT / block.mark.removeprefix("tested by: ").removesuffix(", in the background")
             if not path.is_file() or self.page.name not in path.read_text():
                 self.fail(block, f"{path} does not run this page")
             return None
@@ -126,7 +127,7 @@ class Reader:
 
     def start(self, block: Block) -> None:
         """Start a member and let it receive before the page goes on."""
-        for command, _ in typed(block.text):
+        for command, shown in typed(block.text):
             process = subprocess.Popen(
                 ["bash", "-c", f"exec {command}"],
                 cwd=self.place,
@@ -143,6 +144,8 @@ class Reader:
                 if not line:
                     self.fail(block, f"$ {command}\n{said}")
                 said += line
+            if not matches(shown, said.rstrip("\n")):
+                self.fail(block, f"$ {command}\nshown:\n{shown}\ngot:\n{said}")
 
     def end(self) -> None:
         for process in self.background:
