@@ -132,7 +132,7 @@ def test_a_run_on_a_broker_shows_no_password(secured: Secured, place: Place) -> 
         (("config", "show", "--all"), 0),
         (("config", "show", "--all", "--json"), 0),
         (("--debug", "doctor"), 0),
-        (("--debug", "dead", "secrets", "list"), 0),
+        (("--debug", "dead", "secrets", "list"), 2),  # it was deleted at the end
     ):
         before, rest = (arguments[:1], arguments[1:]) if arguments[0] == "--debug" else ((), arguments)
         place.run(PUBSUB, "--config", good, *before, *rest, code=code)
