@@ -35,6 +35,7 @@ class Options:
     overrides: dict[str, Any] = field(default_factory=dict)
     debug: bool = False
     commands: Mapping[str, click.Command] = field(default_factory=dict)
+    _handler: logging.Handler | None = field(default=None, init=False, repr=False)  # made by `log`
 
     def settings(self) -> Settings:
         """The settings in force. Raises ConfigError."""
@@ -61,10 +62,12 @@ class Options:
 
     def log(self, level: int) -> None:
         """Send the log to standard error from ``level`` on, unless the program has set it up already."""
-        if not logging.getLogger().handlers:
-            logging.basicConfig(
-                level=logging.DEBUG if self.debug else level, format=LOG_FORMAT, stream=sys.stderr
-            )
+        root = logging.getLogger()
+        if not root.handlers:
+            logging.basicConfig(format=LOG_FORMAT, stream=sys.stderr)
+            self._handler = root.handlers[0]
+        if self._handler in root.handlers:
+            root.setLevel(logging.DEBUG if self.debug else level)
             logging.getLogger("asyncio").setLevel(max(level, logging.INFO))
 
 

@@ -1007,6 +1007,21 @@ def test_run_finds_a_client_a_factory_or_subscribers(
     assert error.splitlines()[-1].endswith("drained")
 
 
+def test_run_on_a_terminal_says_what_it_receives(place: Path, client: PubSub) -> None:
+    (place / "ends.py").write_text(
+        "import os, signal\n"
+        "from pubsub_facade import PubSub\n"
+        "pubsub = PubSub()\n"
+        "@pubsub.subscriber('a', subscription='s')\n"
+        "def end(payload): os.kill(os.getpid(), signal.SIGTERM)\n"
+    )
+    client.declare("a", subscription="s")
+    client.publish("a", 1)
+    code, shown = in_terminal(place, [PUBSUB, "run", "ends:pubsub"])
+    assert code == 0
+    assert "sqlite: receiving a for s" in shown
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_drains_what_is_in_hand(
     number: int, app: Path, place: Path, client: PubSub, start: Callable[..., Running]
