@@ -25,7 +25,7 @@ from pubsub_facade.backends import _rabbitmq_wire as mapping
 from pubsub_facade.backends._rabbitmq_confirms import Confirms, Outcome, Outgoing
 from pubsub_facade.backends._rabbitmq_dead import DeadLetterQueues
 from pubsub_facade.backends._rabbitmq_doctor import examine
-from pubsub_facade.backends._rabbitmq_link import NOT_FOUND, Channel, ChannelClosed, Link, connect, unused
+from pubsub_facade.backends._rabbitmq_link import MISMATCH, Channel, ChannelClosed, Link, connect, unused
 from pubsub_facade.backends._rabbitmq_names import LEVELS, Arguments, Names, Record, level_for
 from pubsub_facade.backends._rabbitmq_receiver import RabbitmqReceiver
 from pubsub_facade.backends._rabbitmq_topology import Topology
@@ -37,12 +37,19 @@ from pubsub_facade.errors import (
     ConnectionFailed,
     ConnectionLost,
     SendFailed,
+    TopologyConflict,
 )
 from pubsub_facade.message import Message
 from pubsub_facade.settings import Settings
 from pubsub_facade.subscription import Definition, Subscription
 
 CLOSE_TIMEOUT: Final = 5.0  # s for members to leave in good order
+_TRAITS: Final = (
+    "'type'",
+    "'durable'",
+    "'auto_delete'",
+    "'internal'",
+)  # of an exchange; without ours it loses
 MAX_PATIENCE: Final = 600.0  # s for an answer, where link after link got none
 
 
@@ -146,21 +153,25 @@ class RabbitmqBackend(Backend):
         raise ConnectionFailed("; ".join(map(str, failures))) from failures[-1]
 
     async def _declare_exchange(self, link: Link, exchange: str, kind: str) -> None:
-        """Look first: a user who may only publish has no right to declare."""
-        async with link.brief_channel() as channel:
-            try:
-                await channel.call(
-                    channel.pika.exchange_declare, exchange, exchange_type=kind, durable=True, passive=True
-                )
-                return
-            except ChannelClosed as error:
-                if error.code != NOT_FOUND:
-                    raise
-        async with link.brief_channel() as channel:
-            try:
+        """A user who may only publish has no right to declare: to that one it is enough that it is there."""
+        try:
+            async with link.brief_channel() as channel:
                 await channel.call(channel.pika.exchange_declare, exchange, exchange_type=kind, durable=True)
-            except ChannelClosed as error:
+        except ChannelClosed as error:
+            if error.code != MISMATCH:
                 raise ConnectionFailed(str(error)) from error
+            if any(
+                trait in str(error) for trait in _TRAITS
+            ):  # else it has arguments of its own, which is fine
+                raise TopologyConflict(
+                    f"{error}: exchange {exchange!r} is not ours; choose another namespace, or delete it"
+                ) from error
+        except AuthenticationFailed as denied:
+            try:
+                async with link.brief_channel() as channel:
+                    await channel.call(channel.pika.exchange_declare, exchange, passive=True)
+            except ChannelClosed:
+                raise denied from None
 
     def _lost(self, link: Link, error: ConnectionLost) -> None:
         if not link.left and self._hosts[0] == (link.params.host, link.params.port):
