@@ -213,7 +213,7 @@ class ActivemqReceiver(Receiver):
     async def _receive_from(self, link: Link, cover: str | None, headers: dict[str, str]) -> None:
         id = str(next(self._sequence))
         self._sources[id] = _Source(link, cover)
-        await link.ask("SUBSCRIBE", {**headers, "id": id})
+        await self._home.session.subscribe(link, {**headers, "id": id})
 
     async def _read_record(self) -> Record:
         name = self.subscription.label

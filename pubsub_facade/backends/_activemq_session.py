@@ -10,7 +10,7 @@ import itertools
 import json
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any, Final
 
 from pubsub_facade.backends._activemq_wire import Letter
@@ -18,7 +18,9 @@ from pubsub_facade.backends._stomp import BrokerRefused, Frame, Link, control
 from pubsub_facade.errors import AuthenticationFailed, ConnectionFailed, ConnectionLost, PubSubError
 from pubsub_facade.settings import Settings
 
+DENIED: Final = "does not have permission"
 STOPPING: Final = "Broker is not started"  # in what Artemis refuses while it starts or stops
+UNTOLD: Final = "AMQ339016"  # Artemis does not say why it refuses a subscription
 ANSWER: Final = 30.0  # s that the broker may take for an administrative answer
 
 Box = asyncio.Queue[Frame | ConnectionLost]
@@ -99,6 +101,36 @@ class Session:
             section.address, section.tls, section.heartbeat, self._settings.connect_timeout, client_id
         )
 
+    async def subscribe(self, link: Link, headers: Mapping[str, str]) -> None:
+        """SUBSCRIBE. Raises AuthenticationFailed for want of a right, BrokerRefused, ConnectionLost."""
+        try:
+            await link.ask("SUBSCRIBE", headers)
+        except ConnectionLost as error:
+            if UNTOLD not in str(error):
+                raise
+            place = headers["destination"]
+            await self._find_missing_right(place)
+            raise ConnectionLost(f"{error} to {place}: the broker's log says why") from error
+
+    async def _find_missing_right(self, place: str) -> None:
+        """Artemis says which right is missing only where an address has yet to be made: so subscribe to such a one."""
+        with suppress(ConnectionLost, BrokerRefused):
+            try:
+                link = await self.connect()
+            except AuthenticationFailed:
+                raise
+            except ConnectionFailed:
+                return
+            try:
+                fresh = f"{place.partition('::')[0]}.{uuid.uuid4().hex}"
+                await link.ask(
+                    "SUBSCRIBE", {"destination": fresh, "id": "1", "subscription-type": "MULTICAST"}
+                )
+            except AuthenticationFailed as error:
+                raise AuthenticationFailed(f"activemq: no subscribing to address {place}: {error}") from error
+            finally:
+                await link.close()
+
     def _received(self, frames: list[Frame]) -> None:
         for frame in frames:
             box = self._boxes.get(frame[0].get("subscription", ""))
@@ -119,7 +151,7 @@ class Session:
         made = True
         try:
             try:
-                await link.ask("SUBSCRIBE", {**headers, "id": id})
+                await self.subscribe(link, {**headers, "id": id})
             except (BrokerRefused, AuthenticationFailed):
                 made = False
                 raise
@@ -139,7 +171,8 @@ class Session:
         Arguments:
             reply_to: a multicast address for answers, which all clients of the namespace may share.
 
-        Raises PubSubError with the broker's text where it fails; ConnectionLost where waiting mends it.
+        Raises PubSubError with the broker's text where it fails, AuthenticationFailed where the user has no
+        right to; ConnectionLost where waiting mends it.
         """
         link = self.main
         if self._manager is None or self._manager[0] is not link:
@@ -174,19 +207,18 @@ class Session:
         if headers.get("_AMQ_OperationSucceeded") != "true":
             if STOPPING in str(result):
                 raise ConnectionLost(f"activemq: {operation} of {resource}: {result}")
-            raise PubSubError(
+            refused = AuthenticationFailed if DENIED in str(result) else PubSubError
+            raise refused(
                 f"activemq: Artemis refused {operation} of {resource}: {result}: "
-                "the user needs the permission to manage (see the documentation of this backend)"
+                "grant the user the permission to manage (see the documentation of this backend)"
             )
         return result
 
     async def _listen(self, link: Link, reply_to: str) -> None:
         id = f"box-{next(self._ids)}"
         self._boxes[id] = self._answered
-        await link.ask(
-            "SUBSCRIBE",
-            {"destination": reply_to, "id": id, "ack": "auto", "subscription-type": "MULTICAST"},
-        )
+        headers = {"destination": reply_to, "id": id, "ack": "auto", "subscription-type": "MULTICAST"}
+        await self.subscribe(link, headers)
 
     def _answered(self, frame: Frame | ConnectionLost) -> None:
         if isinstance(frame, ConnectionLost):

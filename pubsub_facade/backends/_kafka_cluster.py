@@ -200,7 +200,7 @@ class Cluster:
                     await self.refresh(())
                 self._coordinators[group] = response.coordinator_id
                 return int(response.coordinator_id)
-            check_rights(response.error_code, f"group {group!r}")
+            check_rights(response.error_code, "Describe", f"group {group!r}")
             await asyncio.sleep(pause)
         raise ConnectionLost(f"kafka: no broker keeps group {group!r} (error {response.error_code})")
 
@@ -406,7 +406,7 @@ class Cluster:
                         if not code:
                             found[(topic, number)] = offset
                         else:
-                            check_rights(code, f"topic {topic!r}")
+                            check_rights(code, "Describe", f"topic {topic!r}")
             missing = {tp: time for tp, time in missing.items() if tp not in found}
             if not missing:
                 return found
@@ -461,17 +461,28 @@ def backoff(limit: float) -> Iterable[float]:
         pause = min(pause * 2, 1.0)
 
 
-def check_rights(code: int, what: str) -> None:
-    """Raise AuthenticationFailed where an answer says that we may not."""
+def check_rights(code: int, right: str, on: str) -> None:
+    """Raise AuthenticationFailed where an answer says that we may not.
+
+    Arguments:
+        right: the operation, as Kafka's ACLs call it.
+        on: the resource.
+    """
+    lacking = lacks(code, right, on)
+    if lacking:
+        raise AuthenticationFailed(f"kafka: {lacking}")
+
+
+def lacks(code: int, right: str, on: str) -> str:
+    """Which right an answer says that we lack, and what to do; "": it does not say so."""
     error = kafka_errors.for_code(code)
     if error in (
         kafka_errors.TopicAuthorizationFailedError,
         kafka_errors.GroupAuthorizationFailedError,
         kafka_errors.ClusterAuthorizationFailedError,
     ):
-        raise AuthenticationFailed(
-            f"kafka: this user has no right to use {what} ({error.__name__}): grant it"
-        )
+        return f"this user lacks the right {right} on {on} ({error.__name__}): grant it (kafka-acls)"
+    return ""
 
 
 def explain(code: int) -> str:

@@ -109,7 +109,7 @@ async def read(cluster: Cluster, tp: TP, start: int, stop: int) -> AsyncIterator
                     return  # shorter than we were told: the topic was made anew
                 position = first
             elif fetched.code:
-                check_rights(fetched.code, f"topic {tp[0]!r}")
+                check_rights(fetched.code, "Read", f"topic {tp[0]!r}")
                 await cluster.refresh([tp[0]])
                 if tp[0] not in cluster.topics:
                     return
@@ -333,7 +333,7 @@ class Fetcher:
                 first = (await self._cluster.offsets({tp: EARLIEST})).get(tp, 0)
                 partition.drop(first)
             elif fetched.code:
-                check_rights(fetched.code, f"topic {tp[0]!r}")
+                check_rights(fetched.code, "Read", f"topic {tp[0]!r}")
                 stale = True
             elif fetched.following > offsets[tp]:
                 partition.feed(fetched.records, fetched.size, fetched.following)

@@ -202,7 +202,7 @@ class Membership:
         if response.error_code in _COORDINATOR:
             self._cluster.coordinator_moved(self.group)
             return 0
-        check_rights(response.error_code, f"group {self.group!r}")
+        check_rights(response.error_code, "Read", f"group {self.group!r}")
         return int(response.error_code)
 
     # -- joining ----------------------------------------------------------------------------------
@@ -248,7 +248,7 @@ class Membership:
         )
 
     def _handle(self, code: int) -> None:
-        check_rights(code, f"group {self.group!r}")
+        check_rights(code, "Read", f"group {self.group!r}")
         if code in _MISMATCH:
             raise TopologyConflict(
                 f"kafka: group {self.group!r} cannot be joined ({explain(code)}): another program has members in "
@@ -310,7 +310,7 @@ async def committed(cluster: Cluster, group: str, tps: Collection[TP] | None) ->
                 for topic, number, offset, metadata, _ in parts
                 if offset >= 0
             }
-        check_rights(code, f"group {group!r}")
+        check_rights(code, "Describe", f"group {group!r} and its topics")
         cluster.coordinator_moved(group)
         await asyncio.sleep(pause)
     raise ConnectionLost(f"kafka: offsets of group {group!r} cannot be read: {explain(code)}")
@@ -330,7 +330,7 @@ async def commit(
     )
     if code in _COORDINATOR:
         cluster.coordinator_moved(group)
-    check_rights(code, f"group {group!r}")
+    check_rights(code, "Read", f"group {group!r} and its topics")
     return int(code)
 
 

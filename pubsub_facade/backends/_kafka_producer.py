@@ -21,7 +21,7 @@ from aiokafka.protocol.produce import ProduceRequest
 from aiokafka.protocol.transaction import InitProducerIdRequest
 from aiokafka.record.default_records import DefaultRecordBatch, DefaultRecordBatchBuilder
 
-from pubsub_facade.backends._kafka_cluster import PRODUCE, Cluster, by_leader, explain
+from pubsub_facade.backends._kafka_cluster import PRODUCE, Cluster, by_leader, explain, lacks
 from pubsub_facade.backends._kafka_records import TP, Outgoing
 from pubsub_facade.errors import ConnectionLost, Fate, SendFailed
 
@@ -173,7 +173,13 @@ class Producer:
                 if pause:
                     await asyncio.sleep(pause)
                 if self._identity is None:
-                    self._identity = await self._new_identity()
+                    self._identity, lacking = await self._new_identity(lines[0].tp[0])
+                if self._identity is None:
+                    why = lacking
+                    for line in lines:
+                        line.code = -1
+                        failed.update(self._fates(line))
+                    break
                 for line in lines:
                     line.build(self._identity, self._codec)
                 await self._round(lines)
@@ -245,7 +251,7 @@ class Producer:
             if late:
                 return f"{line.tp[0]}: {explain(code)}"
         else:
-            return f"{line.tp[0]}: {explain(code)}"
+            return lacks(code, "Write", f"topic {line.tp[0]!r}") or f"{line.tp[0]}: {explain(code)}"
         return ""
 
     def _fates(self, line: _Line) -> dict[str, Fate]:
@@ -272,11 +278,15 @@ class Producer:
                 line.undo()
                 line.tp = (line.tp[0], line.tp[1] % count)
 
-    async def _new_identity(self) -> _Identity:
+    async def _new_identity(self, topic: str) -> tuple[_Identity | None, str]:
+        """None and the reason where this user has no right to publish, on ``topic`` or at all."""
         for _ in range(20):
             response: Any = await self._cluster.call_any(InitProducerIdRequest(None, NEVER))
             if not response.error_code:
-                return _Identity(response.producer_id, response.producer_epoch)
+                return _Identity(response.producer_id, response.producer_epoch), ""
+            lacking = lacks(response.error_code, "Write", f"topic {topic!r}")
+            if lacking:
+                return None, f"{lacking}, or IdempotentWrite on the cluster where Kafka is older than 2.8"
             if not kafka_errors.for_code(response.error_code).retriable:
                 break
             await asyncio.sleep(0.1)

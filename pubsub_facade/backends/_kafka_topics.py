@@ -141,7 +141,7 @@ class Topics:
         return refused
 
     def _check(self, name: str, code: int, text: str) -> None:
-        check_rights(code, f"topic {name!r} (to create it)")
+        check_rights(code, "Create (or Describe, where it is there)", f"topic {name!r}")
         if code in _CONFIG:
             raise ConfigError(
                 f"kafka: topic {name!r} cannot be created: {text}; see partitions, replication_factor, "
@@ -188,7 +188,7 @@ class Topics:
                         "kafka: topics cannot be deleted: delete.topic.enable is off on the broker"
                     )
                 else:
-                    check_rights(code, f"topic {name!r} (to delete it)")
+                    check_rights(code, "Delete", f"topic {name!r}")
             if not wanted:
                 break
             await self._cluster.refresh(())

@@ -335,6 +335,7 @@ class Channel:
         self.on_closed: list[Callable[[PubSubError], None]] = []
         self._loop = asyncio.get_running_loop()
         self._waiting: dict[asyncio.Future[Any], float] = {}  # since when; the oldest first
+        self._asking: dict[asyncio.Future[Any], str] = {}  # which of pika's calls; the oldest first
         self._opened = self.future()
         link.unanswered.append(self._since)
         self._closed: asyncio.Future[None] = self._loop.create_future()
@@ -378,7 +379,10 @@ class Channel:
         if isinstance(reason, exceptions.ChannelClosedByBroker):
             text = f"{self.link.title}: {reason.reply_text}"
             if reason.reply_code == 403:
-                error = AuthenticationFailed(f"{text}; grant it (rabbitmqctl set_permissions)")
+                right = _missing(next(iter(self._asking.values()), ""), reason.reply_text)
+                error = AuthenticationFailed(
+                    f"{text}: grant the right to {right} (rabbitmqctl set_permissions)"
+                )
             else:
                 error = ChannelClosed(text, reason.reply_code)
         else:
@@ -394,6 +398,8 @@ class Channel:
         if self.error is not None:
             raise self.error
         future = self.future()
+        self._asking[future] = start.__name__
+        future.add_done_callback(lambda done: self._asking.pop(done, None))
 
         def answered(answer: Any) -> None:
             if not future.done():
@@ -414,6 +420,24 @@ class Channel:
                     self.pika.close()
                     self._waiting[self._closed] = self._loop.time()
                 await asyncio.shield(self._closed)
+
+
+_RIGHTS: Final = {
+    "queue_bind": ("read", "write"),
+    "queue_unbind": ("read", "write"),
+    "exchange_bind": ("read or write", ""),
+    "exchange_unbind": ("read or write", ""),
+    "basic_consume": ("", "read"),
+    "queue_purge": ("", "read"),
+    "": ("write", "read"),  # a message was published, or asked for
+}
+"""pika's name of a call -> the right it needs on an exchange and on a queue, where that is not to configure."""
+
+
+def _missing(call: str, text: str) -> str:
+    """The right that was missing, which older brokers do not tell."""
+    exchange, queue = _RIGHTS.get(call, ("configure", "configure"))
+    return exchange if "access to exchange" in text else queue
 
 
 def unused(*_: object) -> None:

@@ -29,7 +29,7 @@ Frame = tuple[dict[str, str], bytes]
 """Headers and body of a MESSAGE."""
 
 CLOSE_TIMEOUT: Final = 2.0  # s to say goodbye
-MAX_TEXT: Final = 400  # characters kept of what a broker says: Artemis shows the whole message it refuses
+MAX_TEXT: Final = 400  # characters kept of what a broker says
 MAX_BUFFER: Final = 1 << 20  # bytes written and not on their way: `drain` waits above it
 
 _BETWEEN: Final = frozenset(b"\r\n\0")  # what may stand between frames
@@ -37,6 +37,8 @@ _ESCAPED: Final = re.compile(r"\\.")
 _UNESCAPES: Final = {"\\c": ":", "\\n": "\n", "\\r": "\r", "\\\\": "\\"}
 _BUSY: Final = "already connected from"
 _DENIED: Final = ("password is invalid", "Security Error", "not authorized", "does not have permission")
+
+_REFUSED_MESSAGE: Final = re.compile(r"(AMQ339011 Error sending message) .*? address=([^,\]]+)", re.DOTALL)
 
 
 class BrokerRefused(PubSubError):
@@ -325,7 +327,7 @@ class Link(asyncio.Protocol):
         except BrokerRefused as error:
             if error.denied:
                 raise AuthenticationFailed(
-                    f"ActiveMQ at {self.address}: {error}: grant this user the right"
+                    f"ActiveMQ at {self.address}: {error}: grant the user this right"
                 ) from error
             raise
 
@@ -370,7 +372,7 @@ class Link(asyncio.Protocol):
             self.on_messages(messages)
 
     def _on_error(self, headers: Mapping[str, str], body: bytes) -> None:
-        text = (headers.get("message") or body.decode("utf-8", "replace").partition("\n")[0])[:MAX_TEXT]
+        text = _short(headers.get("message") or body.decode("utf-8", "replace").partition("\n")[0])
         if not self._connected.done():
             self._connected.set_exception(self._refusal(text))
             return
@@ -446,6 +448,15 @@ class Link(asyncio.Protocol):
     def abort(self) -> None:
         """Leave without a word."""
         self._fail("closed by us")
+
+
+def _short(text: str) -> str:
+    """What a broker says. Artemis shows the whole message that it refuses, and only its log says why."""
+    shown = _REFUSED_MESSAGE.match(text)
+    if shown is None:
+        return text[:MAX_TEXT]
+    why = "this user lacks the permission SEND, or the address is full"
+    return f"{shown[1]} to address {shown[2][:MAX_TEXT]}: {why}; the broker's log says which"
 
 
 def _ignore(_: object) -> None:

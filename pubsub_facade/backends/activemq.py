@@ -156,7 +156,7 @@ class ActivemqBackend(Backend):
             except BrokerRefused as error:
                 if len(letters) == 1 and error.sure:
                     fates[ids[0]] = "not stored"
-                    reasons.append(str(error))
+                    reasons.append(_mend(error))
                 else:
                     await self._send_singly(letters, ids, fates, reasons)
         if fates:
@@ -180,7 +180,7 @@ class ActivemqBackend(Backend):
                     await store(link, [letter])
                 except BrokerRefused as error:
                     fates[id] = "not stored" if error.sure else "unknown"
-                    reasons.append(str(error))
+                    reasons.append(_mend(error))
                     await link.close()
         except ConnectionFailed as error:
             raise ConnectionLost(str(error)) from error
@@ -317,8 +317,13 @@ def _rights() -> Iterator[None]:
         yield
     except BrokerRefused as error:
         if error.denied:
-            raise AuthenticationFailed(f"activemq: {error}: grant the user this right") from error
+            raise AuthenticationFailed(f"activemq: {_mend(error)}") from error
         raise
+
+
+def _mend(error: BrokerRefused) -> str:
+    """What the broker said, and what to do where it is a matter of rights."""
+    return f"{error}: grant the user this right" if error.denied else str(error)
 
 
 def _id_of(headers: Mapping[str, str]) -> str:

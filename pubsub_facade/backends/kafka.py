@@ -357,7 +357,7 @@ class KafkaBackend(Backend):
             code = response.results[0][1]
             if code in _NO_GROUP:
                 return True
-            check_rights(code, f"group {group!r} (to delete it)")
+            check_rights(code, "Delete", f"group {group!r}")
             if code != _NOT_EMPTY:
                 shared.cluster.coordinator_moved(group)
             await shared.registry.refresh()

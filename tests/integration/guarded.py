@@ -23,6 +23,9 @@ BARRED: Final = "barred-52d1"
 
 USERS: Final = ((KNOWN_USER, KNOWN), (BARRED_USER, BARRED))
 
+RIGHTS: Final = ("configure", "write", "read")
+"""On RabbitMQ."""
+
 JAAS: Final = "org.apache.kafka.common.security"
 KAFKA_LINES: Final = (
     "authorizer.class.name=org.apache.kafka.metadata.authorizer.StandardAuthorizer",
@@ -112,9 +115,12 @@ def add_users(broker: Broker) -> None:
     if isinstance(broker, RabbitMQ):
         for user, password in USERS:
             _put(broker, f"/users/{user}", {"password": password, "tags": ""})
-            right = ".*" if user == KNOWN_USER else "^$"
-            rights = dict.fromkeys(("configure", "write", "read"), right)
-            _put(broker, f"/permissions/%2F/{user}", rights)
+            grant(broker, user, **(dict.fromkeys(RIGHTS, ".*") if user == KNOWN_USER else {}))
+
+
+def grant(broker: RabbitMQ, user: str, **rights: str) -> None:
+    """Give a user these rights on names that match, and no others."""
+    _put(broker, f"/permissions/%2F/{user}", {**dict.fromkeys(RIGHTS, "^$"), **rights})
 
 
 def _put(broker: RabbitMQ, path: str, body: dict[str, str]) -> None:

@@ -25,6 +25,7 @@ from pubsub_facade.backends._activemq_wire import (
 )
 from pubsub_facade.backends._stomp import ClientBusy, Link, Parser, control, escape, send_frame, unescape
 from pubsub_facade.errors import (
+    AuthenticationFailed,
     ConnectionFailed,
     ConnectionLost,
     MessageError,
@@ -261,7 +262,8 @@ class ManagedLink:
     ("answer", "error"),
     [
         ("AMQ229000: Broker is not started. It can not be managed yet", ConnectionLost),
-        ("AMQ229213: User: a does not have permission='MANAGE'", PubSubError),
+        ("AMQ229213: User: a does not have permission='MANAGE'", AuthenticationFailed),
+        ("AMQ229204: Cannot find resource with name x", PubSubError),
     ],
 )
 async def test_a_broker_that_is_stopping_is_waited_for_and_a_missing_right_is_not(
