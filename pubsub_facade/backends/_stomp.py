@@ -40,6 +40,8 @@ _DENIED: Final = ("password is invalid", "Security Error", "not authorized", "do
 
 _REFUSED_MESSAGE: Final = re.compile(r"(AMQ339011 Error sending message) .*? address=([^,\]]+)", re.DOTALL)
 
+_CLOSED_CONSUMER: Final = re.compile(r"consumer with ID .*?QueueImpl\[name=([^,]+),", re.DOTALL)
+
 
 class BrokerRefused(PubSubError):
     """The broker answered with ERROR; the text is the broker's.
@@ -451,7 +453,10 @@ class Link(asyncio.Protocol):
 
 
 def _short(text: str) -> str:
-    """What a broker says. Artemis shows the whole message that it refuses, and only its log says why."""
+    """What a broker says. Artemis shows objects whole, and the message that it refuses; only its log says why."""
+    closed = _CLOSED_CONSUMER.match(text)
+    if closed is not None:
+        return f"queue {closed[1][:MAX_TEXT]} was deleted on the broker, or our consumer of it closed there"
     shown = _REFUSED_MESSAGE.match(text)
     if shown is None:
         return text[:MAX_TEXT]
