@@ -22,7 +22,7 @@ from pubsub_facade.backends._activemq_watch import Place
 from pubsub_facade.backends._activemq_wire import FENCE, RECORD, SEED, Letter, foreign_id, one_word
 from pubsub_facade.backends._stomp import BrokerRefused, ClientBusy, Frame, Link, ack_frames
 from pubsub_facade.backends.base import Backlog
-from pubsub_facade.errors import PubSubError, TopologyConflict, UnsupportedFeature
+from pubsub_facade.errors import ConnectionLost, PubSubError, TopologyConflict, UnsupportedFeature
 from pubsub_facade.settings import Settings
 from pubsub_facade.topics import matches
 
@@ -576,14 +576,28 @@ class Artemis(Form):
         if not await self._exists(session, queue):
             return frames
         headers = {**self._subscribe(queue, 1), "consumer-window-size": "-1"}
-        async with session.subscribed(headers) as box, asyncio.timeout(ANSWER):
-            await store(session.main, [Letter(self.queue_lines(queue), {FENCE: fence}, b"")])
-            while (frame := await next_of(box))[0].get(FENCE) != fence:
-                frames.append(frame)
+        try:
+            async with session.subscribed(headers) as box, asyncio.timeout(ANSWER):
+                await store(session.main, [Letter(self.queue_lines(queue), {FENCE: fence}, b"")])
+                while (frame := await self._next(session, queue, box))[0].get(FENCE) != fence:
+                    frames.append(frame)
+        except TimeoutError as error:
+            raise ConnectionLost(f"activemq: queue {queue} could not be read within {ANSWER:g} s") from error
         gone = [frame[0] for frame in frames if wanted(frame[0]) or (FENCE in frame[0] and _stale(frame[0]))]
         for each in (*gone, frame[0]):
             await self._manage(session, f"queue.{queue}", "removeMessage", int(foreign_id(each)))
         return [frame for frame in frames if FENCE not in frame[0]]
+
+    async def _next(self, session: Session, queue: str, box: Box) -> Frame:
+        """Who subscribes to a queue that is just being deleted is not told; what is sent to it makes another."""
+        while box.empty():
+            try:
+                async with asyncio.timeout(PAUSE):
+                    return await next_of(box)
+            except TimeoutError:
+                if not await self._manage(session, f"queue.{queue}", "getConsumerCount"):
+                    raise ConnectionLost(f"activemq: queue {queue} was deleted while it was read") from None
+        return await next_of(box)
 
     async def count(self, session: Session, name: str, covers: Sequence[str]) -> Backlog:
         """What is in flight is not told: the window is in bytes, so members hold more than they handed out."""

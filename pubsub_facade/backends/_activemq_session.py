@@ -18,6 +18,7 @@ from pubsub_facade.backends._stomp import BrokerRefused, Frame, Link, control
 from pubsub_facade.errors import AuthenticationFailed, ConnectionFailed, ConnectionLost, PubSubError
 from pubsub_facade.settings import Settings
 
+GONE: Final = ("AMQ229017", "AMQ229067")  # a queue that somebody has deleted meanwhile
 DENIED: Final = "does not have permission"
 STOPPING: Final = "Broker is not started"  # in what Artemis refuses while it starts or stops
 UNTOLD: Final = "AMQ339016"  # Artemis does not say why it refuses a subscription
@@ -205,13 +206,13 @@ class Session:
         if isinstance(result, list):
             result = result[0] if result else None
         if headers.get("_AMQ_OperationSucceeded") != "true":
-            if STOPPING in str(result):
-                raise ConnectionLost(f"activemq: {operation} of {resource}: {result}")
-            refused = AuthenticationFailed if DENIED in str(result) else PubSubError
-            raise refused(
-                f"activemq: Artemis refused {operation} of {resource}: {result}: "
-                "grant the user the permission to manage (see the documentation of this backend)"
-            )
+            text = str(result)
+            if any(sign in text for sign in (STOPPING, *GONE)):
+                raise ConnectionLost(f"activemq: {operation} of {resource}: {text}")
+            refusal = f"activemq: Artemis refused {operation} of {resource}: {text}"
+            if DENIED in text:
+                raise AuthenticationFailed(f"{refusal}: grant the user this permission")
+            raise PubSubError(refusal)
         return result
 
     async def _listen(self, link: Link, reply_to: str) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
 import random
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import pytest
 from hypothesis import example, given
@@ -12,8 +15,9 @@ from hypothesis import strategies as st
 from stomp import utils
 
 from pubsub_facade import Settings, wire
+from pubsub_facade.backends import _activemq_forms
 from pubsub_facade.backends._activemq_record import Record, cover_of, places_for
-from pubsub_facade.backends._activemq_session import Session
+from pubsub_facade.backends._activemq_session import Box, Session
 from pubsub_facade.backends._activemq_wire import (
     MAX_HEADER,
     MessageCodec,
@@ -263,10 +267,12 @@ class ManagedLink:
     [
         ("AMQ229000: Broker is not started. It can not be managed yet", ConnectionLost),
         ("AMQ229213: User: a does not have permission='MANAGE'", AuthenticationFailed),
-        ("AMQ229204: Cannot find resource with name x", PubSubError),
+        ("AMQ229067: Cannot find resource with name queue.x", ConnectionLost),
+        ("AMQ229017: Queue x does not exist", ConnectionLost),
+        ("AMQ229019: Queue x already exists on address y", PubSubError),
     ],
 )
-async def test_a_broker_that_is_stopping_is_waited_for_and_a_missing_right_is_not(
+async def test_what_was_deleted_or_is_stopping_is_waited_for_and_a_missing_right_is_not(
     answer: str, error: type[PubSubError]
 ) -> None:
     session = Session(Settings(backend="activemq"))
@@ -274,3 +280,26 @@ async def test_a_broker_that_is_stopping_is_waited_for_and_a_missing_right_is_no
     with pytest.raises(PubSubError, match=answer[:9]) as caught:
         await session.manage("broker", "getQueueNames", reply_to="reply")
     assert type(caught.value) is error
+
+
+class Deaf:
+    """A session whose subscription to a queue that is being deleted hears nothing, and no error either."""
+
+    main = None
+
+    @asynccontextmanager
+    async def subscribed(self, headers: dict[str, str]) -> AsyncIterator[Box]:
+        yield asyncio.Queue()
+
+    async def manage(self, resource: str, operation: str, *arguments: object, reply_to: str) -> object:
+        return {"getQueueNames": ["queue"], "getConsumerCount": 0}[operation]
+
+
+async def test_reading_a_queue_that_is_deleted_under_the_reader_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def sent(*_: object) -> None:
+        return
+
+    monkeypatch.setattr(_activemq_forms, "store", sent)
+    form = _activemq_forms.Artemis(Settings(backend="activemq", activemq={"flavor": "artemis"}))
+    with pytest.raises(ConnectionLost, match="queue was deleted while it was read"):
+        await asyncio.wait_for(form.sweep(Deaf(), "queue", lambda _: False), 5)  # type: ignore[arg-type]
