@@ -22,6 +22,7 @@ from aiokafka.protocol.coordination import FindCoordinatorRequest
 from aiokafka.protocol.offset import OffsetRequest
 
 from pubsub_facade.address import host_port, show_host
+from pubsub_facade.backends import _tls_advice
 from pubsub_facade.backends._kafka_records import TP
 from pubsub_facade.backends._kafka_wire import METADATA_IDS, Metadata, topics_of
 from pubsub_facade.errors import AuthenticationFailed, ConnectionFailed, ConnectionLost
@@ -265,7 +266,8 @@ class Cluster:
                 ) from error
             if isinstance(error, (*_LOST, kafka_errors.KafkaError, AssertionError)):
                 where = show_host(host, port)
-                raise ConnectionLost(f"kafka: {where} cannot be reached: {_why(error)}") from error
+                why = _advised(error, secure=self._tls is not None)
+                raise ConnectionLost(f"kafka: {where} cannot be reached: {why}") from error
             raise
 
     def _nodes(self) -> list[int]:
@@ -489,6 +491,18 @@ def explain(code: int) -> str:
     """What an error code of an answer means."""
     error = kafka_errors.for_code(code)
     return f"{error.__name__}: {error.description}" if getattr(error, "description", "") else error.__name__
+
+
+def _advised(error: BaseException, *, secure: bool) -> str:
+    """Why a broker could not be connected to, and what to look at."""
+    advice = ""
+    inner: BaseException | None = error
+    while inner is not None and not advice:
+        advice = _tls_advice.of_error(inner, "kafka")
+        inner = inner.__cause__ or inner.__context__
+    if not advice and (isinstance(error, TimeoutError | ConnectionResetError) or "closed" in str(error)):
+        advice = _tls_advice.of_silence("kafka", secure=secure)
+    return f"{_why(error)}: {advice}" if advice else _why(error)
 
 
 def _why(error: BaseException) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import ssl
 import struct
 from collections.abc import AsyncIterator, Callable
 from typing import Any, Final, Protocol
@@ -23,6 +22,7 @@ from pika.adapters.utils.io_services_utils import _AsyncPlaintextTransport as As
 
 from pubsub_facade.address import Address, Tls, show_host
 from pubsub_facade.backends import _rabbitmq_frames as frames
+from pubsub_facade.backends import _tls_advice
 from pubsub_facade.errors import AuthenticationFailed, ConnectionFailed, ConnectionLost, PubSubError
 
 CLOSE_TIMEOUT: Final = 2.0  # s for a link to end in good order before it is cut
@@ -491,10 +491,12 @@ async def connect(
         link.cut()
         raise
     except Exception as error:
-        raise _refusal(error, title, username, address.path or "/") from error
+        raise _refusal(error, title, username, address.path or "/", secure=context is not None) from error
 
 
-def _refusal(error: BaseException, title: str, username: str, vhost: str) -> ConnectionFailed:
+def _refusal(
+    error: BaseException, title: str, username: str, vhost: str, *, secure: bool
+) -> ConnectionFailed:
     root = _root(error)
     text = _say(root)
     if isinstance(root, exceptions.AuthenticationError | exceptions.ProbableAuthenticationError):
@@ -507,18 +509,12 @@ def _refusal(error: BaseException, title: str, username: str, vhost: str) -> Con
         return AuthenticationFailed(
             f"{title} refused user {username!r} the virtual host {vhost!r}: grant it (rabbitmqctl set_permissions)"
         )
-    if isinstance(root, ssl.SSLCertVerificationError):
-        return ConnectionFailed(
-            f"{title}: its certificate is not trusted ({root.verify_message}): see ca and hostname of [rabbitmq.tls]"
-        )
-    if isinstance(root, ssl.SSLError):
-        return ConnectionFailed(
-            f"{title}: no TLS could be agreed on ({root.reason or root}): is it a TLS port, with our certificate?"
-        )
+    advice = _tls_advice.of_error(root, "rabbitmq")
+    if advice:
+        return ConnectionFailed(f"{title}: {advice}")
     if isinstance(root, exceptions.IncompatibleProtocolError):
-        return ConnectionFailed(
-            f"{title}: what answers there does not speak AMQP 0-9-1: is it the right port?"
-        )
+        asked = _tls_advice.of_silence("rabbitmq", secure=secure)
+        return ConnectionFailed(f"{title}: what answers there does not speak AMQP 0-9-1: {asked}")
     return ConnectionFailed(f"{title}: {text}")
 
 

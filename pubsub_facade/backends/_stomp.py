@@ -23,6 +23,7 @@ os.environ.setdefault("STOMP_SKIP_HOSTNAME_SCAN", "1")  # stomp.py asks the DNS 
 from stomp import utils
 
 from pubsub_facade.address import Address, Tls, show_host
+from pubsub_facade.backends import _tls_advice
 from pubsub_facade.errors import AuthenticationFailed, ConnectionFailed, ConnectionLost, PubSubError
 
 Frame = tuple[dict[str, str], bytes]
@@ -217,12 +218,9 @@ class Link(asyncio.Protocol):
             except (AuthenticationFailed, ClientBusy):
                 raise
             except (OSError, TimeoutError, ConnectionLost, ConnectionFailed) as error:
-                why = f"no answer within {timeout:g} s" if isinstance(error, TimeoutError) else str(error)
-                failed.append(f"{name}: {why}")
+                failed.append(f"{name}: {_reason(error, timeout, secure=context is not None)}")
                 cause = error
-        raise ConnectionFailed(
-            f"cannot connect to ActiveMQ: {'; '.join(failed)}: is it running, with STOMP on this port?"
-        ) from cause
+        raise ConnectionFailed(f"cannot connect to ActiveMQ: {'; '.join(failed)}") from cause
 
     @classmethod
     async def _connect(
@@ -450,6 +448,18 @@ class Link(asyncio.Protocol):
     def abort(self) -> None:
         """Leave without a word."""
         self._fail("closed by us")
+
+
+def _reason(error: BaseException, timeout: float, *, secure: bool) -> str:
+    """Why a host could not be connected to, and what to look at."""
+    if isinstance(error, TimeoutError):
+        return f"no answer within {timeout:g} s: {_tls_advice.of_silence('activemq', secure=secure)}"
+    advice = _tls_advice.of_error(error, "activemq") or _tls_advice.of_error(
+        error.__cause__ or error, "activemq"
+    )
+    if not advice and isinstance(error, ConnectionLost):
+        advice = _tls_advice.of_silence("activemq", secure=secure)
+    return f"{error}: {advice or 'is it running, with STOMP on this port?'}"
 
 
 def _short(text: str) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import socket
 import ssl
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -66,17 +68,20 @@ async def test_verification_is_off_only_by_name(secured: Secured) -> None:
     await round_trip(secured.settings(secured.port, {"verify": False, "ca": secured.certificates.stranger}))
 
 
-async def test_tls_to_a_plain_port_is_refused(secured: Secured) -> None:
-    await refused(secured.settings(secured.plain_port, {"ca": secured.certificates.ca}))
+async def test_tls_to_a_plain_port_is_refused_in_words_that_ask_for_tls(secured: Secured) -> None:
+    text = await refused(secured.settings(secured.plain_port, {"ca": secured.certificates.ca}))
+    assert "is it a TLS port" in text
 
 
-async def test_plain_text_to_a_tls_port_is_refused(secured: Secured) -> None:
+async def test_plain_text_to_a_tls_port_is_refused_in_words_that_ask_for_tls(secured: Secured) -> None:
     settings = secured.settings(secured.port, {})
     section = settings[settings["backend"]]
     section["tls"] = {"enabled": False}
     if "url" in section:
         section["url"] = section["url"].replace("amqps:", "amqp:").replace("stomps:", "stomp:")
-    await refused(settings)
+    text = await refused(settings)
+    assert "is it a TLS port (enabled of [" in text
+    assert "certificate" not in text
 
 
 async def test_a_client_certificate_opens_a_door_that_wants_one(secured: Secured) -> None:
@@ -88,7 +93,31 @@ async def test_a_client_certificate_opens_a_door_that_wants_one(secured: Secured
 async def test_a_client_certificate_of_another_authority_is_refused(secured: Secured) -> None:
     files = secured.certificates
     tls = {"ca": files.ca, "cert": files.intruder, "key": files.intruder_key}
-    await refused(secured.settings(secured.mutual_port, tls))
+    text = await refused(secured.settings(secured.mutual_port, tls))
+    assert "see cert and key of [" in text or "(cert and key of [" in text
+
+
+async def test_a_door_that_wants_a_client_certificate_says_so_to_who_has_none(secured: Secured) -> None:
+    """RabbitMQ has one set of TLS options for all its doors, so there is none of its own that does."""
+    tls = {"ca": secured.certificates.ca}
+    if secured.mutual_port != secured.port:
+        text = await refused(secured.settings(secured.mutual_port, tls))
+        assert "see cert and key of [" in text or "(cert and key of [" in text
+
+
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+async def test_whoever_wants_a_client_certificate_is_understood(
+    secured: Secured, version: ssl.TLSVersion
+) -> None:
+    """In TLS 1.3 the refusal comes when the client believes that it has been let in."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(secured.certificates.server, secured.certificates.server_key)
+    context.load_verify_locations(secured.certificates.ca)
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.minimum_version = context.maximum_version = version
+    with served(context) as port:
+        text = await refused(secured.settings(port, {"ca": secured.certificates.ca}))
+    assert "see cert and key of [" in text or "(cert and key of [" in text
 
 
 async def test_a_wrong_password_is_an_authentication_error(secured: Secured) -> None:
@@ -142,6 +171,14 @@ async def test_an_expired_certificate_is_refused(secured: Secured) -> None:
     """Before a word of the broker's protocol is spoken, so that whose certificate it is does not matter."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(secured.certificates.expired, secured.certificates.expired_key)
+    with served(context) as port:
+        text = await refused(secured.settings(port, {"ca": secured.certificates.ca}))
+    assert "expired" in text
+
+
+@contextmanager
+def served(context: ssl.SSLContext) -> Iterator[int]:
+    """A port where somebody agrees on TLS, or does not, and closes."""
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def serve() -> None:
@@ -157,7 +194,7 @@ async def test_an_expired_certificate_is_refused(secured: Secured) -> None:
                         pass
 
         threading.Thread(target=serve, daemon=True).start()
-        port = server.getsockname()[1]
-        text = await refused(secured.settings(port, {"ca": secured.certificates.ca}))
-        server.shutdown(socket.SHUT_RDWR)
-    assert "expired" in text
+        try:
+            yield server.getsockname()[1]
+        finally:
+            server.shutdown(socket.SHUT_RDWR)
