@@ -1,12 +1,13 @@
-"""A password is in no log, repr, error, traceback, dead letter, output or list of processes."""
+"""A password is in no log, repr, error, traceback, dead letter or output, and not in the list of processes unless the
+user writes it there."""
 
 from __future__ import annotations
 
 import base64
 import os
+import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -65,28 +66,43 @@ class Place:
         return str(path)
 
     def run(self, *command: str, code: int = 0) -> str:
-        """Run it, and look at the list of processes meanwhile; returns what came out."""
-        with tempfile.TemporaryFile("w+") as out:
+        """Run it; returns what came out."""
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            env=self._environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == code, (command, done.stdout[-3000:])
+        self.said.append((" ".join(command), done.stdout))
+        return done.stdout
+
+    def listed(self, *arguments: str, **environment: str) -> str:
+        """What the list of processes says of ``pubsub`` and of all that it started, once it connects to a broker."""
+        with socket.create_server(("127.0.0.1", 0)) as broker:
+            broker.settimeout(30)
+            filled = {"port": str(broker.getsockname()[1])}
             process = subprocess.Popen(
-                command, cwd=ROOT, env=self._environment, stdout=out, stderr=out, stdin=subprocess.DEVNULL
+                [PUBSUB, *(each.format(**filled) for each in arguments)],
+                env={
+                    **self._environment,
+                    **{name: url.format(**filled) for name, url in environment.items()},
+                },
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
             )
             try:
-                seen = subprocess.run(
-                    ["ps", "-ww", "-eo", "args"], capture_output=True, text=True, check=True
-                )
-                assert process.wait(120) == code, (command, out.seek(0), out.read()[-3000:])
+                broker.accept()[0].close()
+                listing = ["ps", "-ww", "-o", "args=", "--sid", str(process.pid)]
+                return subprocess.run(listing, capture_output=True, text=True, check=True).stdout
             finally:
                 process.kill()
                 process.wait()
-            out.seek(0)
-            text = out.read()
-        self.said += [(" ".join(command), text), ("ps", "\n".join(self._ours(seen.stdout)))]
-        return text
-
-    def _ours(self, processes: str) -> list[str]:
-        ours = [line for line in processes.splitlines() if str(self.folder) in line]
-        assert ours, "the process ended before it was looked at"
-        return ours
 
     def check(self) -> None:
         for what, text in self.said:
@@ -97,6 +113,23 @@ class Place:
 @pytest.fixture
 def place(tmp_path: Path) -> Place:
     return Place(tmp_path)
+
+
+def test_a_password_in_the_environment_or_a_file_is_not_in_the_list_of_processes(place: Place) -> None:
+    url = f"amqp://{KNOWN_USER}:{KNOWN}@127.0.0.1:{{port}}/%2F"
+    file = place.folder / "known.toml"
+    file.write_text(f'backend = "rabbitmq"\nrabbitmq.password = "{KNOWN}"\n')
+    by_name = f"amqp://{KNOWN_USER}@127.0.0.1:{{port}}/%2F"
+    assert leaks(place.listed("--url", url, "tail", "#")), (
+        "the list shows what the user writes on the command line"
+    )
+    for listed in (
+        place.listed("tail", "#", PUBSUB_URL=url),
+        place.listed("--url", by_name, "--config", str(file), "tail", "#"),
+        place.listed("--url", by_name, "tail", "#", PUBSUB_RABBITMQ__PASSWORD=KNOWN),
+    ):
+        assert "tail" in listed
+        assert not leaks(listed)
 
 
 def with_password(secured: Secured, password: str, port: int = 0) -> dict[str, Any]:
