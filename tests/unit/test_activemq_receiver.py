@@ -94,7 +94,9 @@ async def test_a_notice_that_comes_while_joining_does_not_lock_the_member_out(sl
 
     form = Durable(Settings(backend="activemq"))
     home = SimpleNamespace(
-        session=SimpleNamespace(connect=connect),
+        session=SimpleNamespace(
+            connect=connect, subscribe=lambda link, headers: link.ask("SUBSCRIBE", headers)
+        ),
         form=form,
         codec=MessageCodec(),
         record=read,
