@@ -89,7 +89,7 @@ def member_told_to_end_while_nobody_answers(world: World) -> None:
     member.wait_receiving()
     world.random.choice((world.proxy.refuse, world.proxy.swallow, world.proxy.stall))()
     try:
-        code = member.terminate()
+        code = member.terminate(60)  # its grace is 30 s, an attempt to connect takes 10 s
     finally:
         world.proxy.restore()
     assert code == 0, f"a member that was told to end while nobody answered ended with {code}"

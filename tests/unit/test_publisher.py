@@ -27,6 +27,7 @@ class Broker:
     """A backend that keeps what it is sent, and does ``steps`` first, one a call."""
 
     name = "fake"
+    place = ""
 
     def __init__(self, pipeline: int = 1, *, begins: bool = False) -> None:
         self.pipeline = pipeline
