@@ -5,6 +5,7 @@ BROKERS ?= rabbitmq,kafka,activemq,artemis
 PYTEST_ARGS ?=
 SEED ?=
 MINUTES ?= 10
+FUZZ ?= 100000
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 
@@ -12,7 +13,7 @@ IN := .venv/bin/python
 BROKER := $(patsubst activemq-virtual,activemq,$(filter-out sqlite,$(BACKEND)))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install-brokers brokers brokers-down demo check test test-all test-stress test-clusters test-unit test-pythons test-djangos bench chaos soak docs
+.PHONY: help venv install-brokers brokers brokers-down demo check test test-all test-stress test-clusters test-unit test-pythons test-djangos fuzz bench chaos soak docs
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -65,6 +66,9 @@ test-pythons: ## the tests that need no broker, on Python 3.12 and 3.13
 
 test-djangos: ## the Django integration's cases on Django 4.2 and 6.0
 	.ci/djangos 4.2:3.11 6.0:3.12
+
+fuzz: venv ## hostile input: FUZZ inputs for each of its tests
+	FUZZ=$(FUZZ) $(IN) -m pytest tests/unit/test_fuzz.py tests/unit/test_filters.py $(PYTEST_ARGS)
 
 bench: venv ## each backend beside its raw driver
 	$(IN) -m brokers run "$(BROKERS)" -- $(IN) -m benchmarks

@@ -163,10 +163,11 @@ def number(value: Any, default: float | None) -> float | None:
     return result if -1e15 < result < 1e15 else default
 
 
-def _read_failure(envelope: Envelope, value: Any) -> None:
+def failure_from(text: Any) -> Failure | None:
+    """A failure from its JSON; None where it is none."""
     try:
-        data = json.loads(value)
-        envelope.failure = Failure(
+        data = json.loads(text)
+        return Failure(
             subscription=str(data["subscription"]),
             error_type=str(data["error_type"]),
             error=str(data["error"]),
@@ -175,7 +176,11 @@ def _read_failure(envelope: Envelope, value: Any) -> None:
             last_at=float(data["last_at"]),
         )
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
-        envelope.failure = None
+        return None
+
+
+def _read_failure(envelope: Envelope, value: Any) -> None:
+    envelope.failure = failure_from(value)
 
 
 def _read_attempt(envelope: Envelope, value: Any) -> None:

@@ -193,20 +193,32 @@ class Content(NamedTuple):
 
 
 def read_method(payload: bytes) -> tuple[int, str, int, bool, str]:
-    """Method, consumer tag, delivery tag, redelivered and routing key of a content-bearing method frame."""
+    """Method, consumer tag, delivery tag, redelivered and routing key of a content-bearing method frame.
+
+    Raises ValueError where the frame is shorter than it says.
+    """
     (method,) = _unpack_u32(payload)
     at = 4
     consumer = ""
-    if method == RETURN:
-        at = _skip_short(payload, _skip_short(payload, at + 2))
-        return method, consumer, 0, False, _text(payload, at)
-    if method == DELIVER:
-        end = at + 1 + payload[at]
-        consumer = payload[at + 1 : end].decode("utf-8", "replace")
-        at = end
-    (tag,) = _unpack_u64(payload, at)
-    redelivered = payload[at + 8] != 0
-    return method, consumer, tag, redelivered, _text(payload, _skip_short(payload, at + 9))
+    tag = 0
+    redelivered = False
+    try:
+        if method == RETURN:
+            at = _skip_short(payload, _skip_short(payload, at + 2))
+        else:
+            if method == DELIVER:
+                end = at + 1 + payload[at]
+                consumer = payload[at + 1 : end].decode("utf-8", "replace")
+                at = end
+            (tag,) = _unpack_u64(payload, at)
+            redelivered = payload[at + 8] != 0
+            at = _skip_short(payload, at + 9)
+        short = at + payload[at] >= len(payload)
+    except (IndexError, struct.error):
+        short = True
+    if short:
+        raise ValueError(f"AMQP method {method} ends before its fields do: {payload[:80]!r}")
+    return method, consumer, tag, redelivered, _text(payload, at)
 
 
 def _skip_short(data: bytes, at: int) -> int:

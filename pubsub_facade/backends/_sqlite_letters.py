@@ -6,8 +6,9 @@ import json
 from collections.abc import Collection
 from typing import Final
 
+from pubsub_facade import wire
 from pubsub_facade.backends._sqlite_routes import dumps
-from pubsub_facade.backends._sqlite_store import CLAIM_BYTES, PUBLISHED, Store, failure_of, headers_of
+from pubsub_facade.backends._sqlite_store import CLAIM_BYTES, CONTENT, Store, failure_of, headers_of
 from pubsub_facade.message import Message
 
 
@@ -57,7 +58,7 @@ def _unpack(metadata: str, bodies: bytes) -> list[Message]:
         letter = Message(topic, None, key=key, headers=headers_of(headers), id=id)
         letter.body = bodies[start : start + size]
         letter.content_type = content_type
-        letter.timestamp = None if published is None else float(published)
+        letter.timestamp = None if published is None else wire.number(published, None)
         letter.failure = failure_of(failure)
         unpacked.append(letter)
         start += size
@@ -71,8 +72,7 @@ SELECT json_group_array(json_array(number, length(body))) FROM (
     SELECT number, body FROM dead WHERE subscription = ? AND number > ? AND number <= ? ORDER BY number LIMIT 200)"""
 
 _METADATA: Final = f"""
-SELECT json_group_array(json_array(length(m.body), m.id, m.topic, m.key, m.headers, m.content_type,
-    {PUBLISHED}, m.failure))
+SELECT json_group_array(json_array({CONTENT}, CAST(m.failure AS TEXT)))
 FROM (SELECT value FROM json_each(?1) ORDER BY value) j CROSS JOIN dead m ON m.number = j.value"""
 
 _BODIES: Final = """

@@ -136,6 +136,7 @@ def open_database(settings: SqliteSettings, deadline: float) -> sqlite3.Connecti
     _check_place(path)
     try:
         connection = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
+        connection.text_factory = _text  # sqlite3's own raises on what is no UTF-8
     except sqlite3.Error as error:
         raise open_error(path, error) from error
     try:
@@ -152,6 +153,10 @@ def open_database(settings: SqliteSettings, deadline: float) -> sqlite3.Connecti
         if isinstance(error, sqlite3.Error):
             raise open_error(path, error) from error
         raise
+
+
+def _text(raw: bytes) -> str:
+    return raw.decode("utf-8", "replace")
 
 
 def show(path: Path) -> str:

@@ -17,8 +17,9 @@ from typing import Any, Final, NamedTuple
 from pubsub_facade.backends._sqlite_routes import COLUMNS, Outgoing, Route, Routes, dumps, insert_statement
 from pubsub_facade.backends._sqlite_schema import CLAIMED, PARKED, READY, SUSPECT
 from pubsub_facade.filters import Filter
-from pubsub_facade.message import Delivery, Failure, Message
+from pubsub_facade.message import Delivery, Failure, HeaderValue, Message
 from pubsub_facade.subscription import Subscription
+from pubsub_facade.wire import failure_from
 
 ROWS: Final = 250  # messages in one INSERT
 CLAIM_BYTES: Final = 8 << 20  # bodies handed out by one claim, if there are two
@@ -219,8 +220,8 @@ class Store:
         held = set(
             json.loads(
                 self.one(
-                    f"SELECT json_group_array(DISTINCT key) FROM deliveries WHERE line = ? AND state = {CLAIMED}"
-                    " AND owner <> ? AND key IS NOT NULL",
+                    "SELECT json_group_array(DISTINCT CAST(key AS TEXT)) FROM deliveries"
+                    f" WHERE line = ? AND state = {CLAIMED} AND owner <> ? AND key IS NOT NULL",
                     line,
                     member,
                 )
@@ -228,7 +229,7 @@ class Store:
         )
         waiting = json.loads(
             self.one(
-                "SELECT json_group_array(json_array(position, key)) FROM deliveries"
+                "SELECT json_group_array(json_array(position, CAST(key AS TEXT))) FROM deliveries"
                 f" WHERE line = ? AND state = {SUSPECT}",
                 line,
             )
@@ -270,8 +271,8 @@ class Store:
         """The keys of what a member holds, or of these of its deliveries."""
         only = "" if positions is None else " AND position IN (SELECT value FROM json_each(:positions))"
         row = self._execute(
-            f"SELECT json_group_array(DISTINCT key) FROM deliveries WHERE line = :line AND state = {CLAIMED}"
-            f" AND owner = :member AND key IS NOT NULL{only}",
+            "SELECT json_group_array(DISTINCT CAST(key AS TEXT)) FROM deliveries"
+            f" WHERE line = :line AND state = {CLAIMED} AND owner = :member AND key IS NOT NULL{only}",
             {"line": line, "member": member, "positions": dumps(positions or [])},
         ).fetchone()
         return set(json.loads(row[0]))
@@ -491,7 +492,7 @@ class Store:
                 firsts.append(first)
         dead = self.one("SELECT count(*) FROM dead WHERE subscription = ?", route.id)
         oldest = self.one(
-            "SELECT min(published) FROM messages WHERE position IN (SELECT value FROM json_each(?))",
+            "SELECT min(CAST(published AS REAL)) FROM messages WHERE position IN (SELECT value FROM json_each(?))",
             dumps(firsts),
         )
         return waiting, in_flight, dead, oldest
@@ -511,12 +512,23 @@ def unpack(claim: Claim) -> list[tuple[list[Any], bytes]]:
 
 def failure_of(text: str | None) -> Failure | None:
     """A stored failure."""
-    return None if text is None else Failure(**json.loads(text))
+    return None if text is None else failure_from(text)
 
 
-def headers_of(text: str | None) -> dict[str, Any]:
-    """Stored headers."""
-    return {} if text is None else json.loads(text)
+def headers_of(text: str | None) -> dict[str, HeaderValue]:
+    """Stored headers; what no header can be, another program has written, and it is left out."""
+    if text is None:
+        return {}
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    if not isinstance(found, dict):
+        return {}
+    for value in found.values():
+        if not isinstance(value, str | int | float):
+            return {name: value for name, value in found.items() if isinstance(value, str | int | float)}
+    return found
 
 
 def _first(row: Sequence[Any]) -> int:
@@ -556,11 +568,16 @@ UNION ALL
 SELECT * FROM (SELECT position FROM deliveries WHERE line = :line AND state = {READY}
     AND (key IS NULL OR key NOT IN (SELECT value FROM json_each(:blocked))) ORDER BY due, position LIMIT :share)""")
 
-PUBLISHED: Final = "iif(m.published IS NULL, NULL, printf('%!.17g', m.published))"
+CONTENT: Final = (
+    "iif(typeof(m.body) = 'blob', length(m.body), length(CAST(m.body AS BLOB))), "
+    + ", ".join(f"CAST(m.{name} AS TEXT)" for name in ("id", "topic", "key", "headers", "content_type"))
+    + ", iif(m.published IS NULL, NULL, printf('%!.17g', m.published))"
+)
+"""What a message is, for `json_array`: whatever another program may have put into the columns, each is of its type."""
 
 _METADATA: Final = f"""
-SELECT json_group_array(json_array(m.position, length(m.body), m.id, m.topic, m.key, m.headers, m.content_type,
-    {PUBLISHED}, d.attempt, d.redelivered, d.failure, d.state))
+SELECT json_group_array(json_array(m.position, {CONTENT}, max(1, CAST(d.attempt AS INTEGER)),
+    CAST(d.redelivered AS INTEGER), CAST(d.failure AS TEXT), d.state))
 FROM (SELECT value FROM json_each(?1) ORDER BY value) j
 CROSS JOIN messages m ON m.position = j.value CROSS JOIN deliveries d ON d.position = j.value AND d.line = ?2"""
 
@@ -588,6 +605,6 @@ CROSS JOIN subscriptions s ON s.line = ?1
 WHERE d.owner = ?2 AND d.state = {CLAIMED}"""
 
 _HISTORY: Final = """
-SELECT json_group_array(json_array(position, topic, headers)) FROM (
+SELECT json_group_array(json_array(position, CAST(topic AS TEXT), CAST(headers AS TEXT))) FROM (
     SELECT position, topic, headers FROM messages WHERE namespace = ?1 AND target IS NULL
     AND coalesce(published, 0) >= ?2 AND position > ?3 ORDER BY position LIMIT 5000)"""

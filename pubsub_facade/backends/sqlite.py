@@ -8,7 +8,6 @@ the next turn begins when the last has ended. Nothing here waits for the disk or
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
@@ -21,13 +20,14 @@ from pubsub_facade.backends._sqlite_doctor import examine
 from pubsub_facade.backends._sqlite_letters import discard, last_letter, letters
 from pubsub_facade.backends._sqlite_operations import Copy, Send, Turn, resolver
 from pubsub_facade.backends._sqlite_schema import SUSPECT
-from pubsub_facade.backends._sqlite_store import Claimed, Store, failure_of, unpack
+from pubsub_facade.backends._sqlite_store import Claimed, Store, failure_of, headers_of, unpack
 from pubsub_facade.backends._sqlite_writer import Writer
 from pubsub_facade.backends.base import Backend, Backlog, Capabilities, Finding, Position, Receiver
 from pubsub_facade.errors import ConnectionLost, PubSubError, SendFailed
 from pubsub_facade.message import NO_HEADERS, Delivery, Message
 from pubsub_facade.settings import Settings
 from pubsub_facade.subscription import Subscription
+from pubsub_facade.wire import number
 
 log = logging.getLogger("pubsub_facade")
 
@@ -415,10 +415,10 @@ class SqliteReceiver(Receiver):
             topic,
             body,
             key=key,
-            headers=NO_HEADERS if headers is None else json.loads(headers),
+            headers=NO_HEADERS if headers is None else headers_of(headers),
             id=id,
             content_type=content_type,
-            timestamp=None if published is None else float(published),
+            timestamp=None if published is None else number(published, None),
             attempt=attempt,
             redelivered=bool(redelivered),
             failure=failure_of(failure),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import pickle
 import re
 import string
@@ -19,6 +20,16 @@ from pubsub_facade import _filter_syntax as syntax
 from pubsub_facade.errors import FilterError, PubSubError
 from pubsub_facade.filters import Filter, HeaderValue
 from pubsub_facade.testing.filter_table import FILTER_TABLE
+
+FUZZ = int(os.environ.get("FUZZ", "0"))
+"""Inputs of each test of any filter (see test_fuzz); 0: as many as each says."""
+
+pytestmark = pytest.mark.timeout(120 + FUZZ // 5)
+
+
+def fuzz(examples: int) -> settings:
+    return settings(max_examples=FUZZ or examples, deadline=None)
+
 
 # --- an independent reading of the language: random conditions as nested tuples, three values ---
 
@@ -164,7 +175,7 @@ trees: st.SearchStrategy[Tree] = st.recursive(
 header_maps = st.dictionaries(st.sampled_from(NAMES), values, max_size=len(NAMES))
 
 
-@settings(max_examples=2000, deadline=None)
+@fuzz(2000)
 @given(trees, header_maps)
 def test_any_condition_selects_what_the_specification_says(
     tree: Tree, headers: dict[str, HeaderValue]
@@ -173,7 +184,7 @@ def test_any_condition_selects_what_the_specification_says(
     assert selected is (reference(tree, headers) is True)
 
 
-@settings(max_examples=500, deadline=None)
+@fuzz(500)
 @given(like_patterns, st.text("abß%_!'\n", max_size=8))
 def test_like_is_what_its_definition_says(pattern: str, value: str) -> None:
     text = pattern.replace("'", "''")
@@ -411,7 +422,7 @@ PIECES = (
 pieces = st.sampled_from((*PIECES, *sorted(syntax.KEYWORDS)))
 
 
-@settings(max_examples=1500, deadline=None)
+@fuzz(1500)
 @given(
     st.one_of(st.text(max_size=30), st.text(string.printable, max_size=30), st.lists(pieces).map(" ".join))
 )
@@ -564,7 +575,7 @@ def as_double(value: HeaderValue) -> HeaderValue:
         return math.copysign(math.inf, value)
 
 
-@settings(max_examples=3000, deadline=None)
+@fuzz(3000)
 @given(trees, header_maps)
 def test_the_broker_never_turns_down_what_the_filter_selects(
     tree: Tree, headers: dict[str, HeaderValue]

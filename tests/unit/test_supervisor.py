@@ -16,7 +16,6 @@ from pubsub_facade.supervisor import Supervisor
 class Broker:
     name = "fake"
     place = ""
-    place = ""
 
     def __init__(self, *outcomes: BaseException | None) -> None:
         self.outcomes = list(outcomes)
