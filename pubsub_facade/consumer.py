@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from pubsub_facade._failure_text import text_of
+from pubsub_facade._tasks import cancel
 from pubsub_facade.backends.base import Backend, Receiver, Timer
 from pubsub_facade.errors import (
     AuthenticationFailed,
@@ -171,8 +172,7 @@ class Consumer:
         """No more deliveries are handed out; those in hand go on."""
         self._stopping = True
         if self._feed is not None:
-            self._feed.cancel()
-            await asyncio.wait([self._feed])
+            await cancel(self._feed)
             if not self._feed.cancelled():
                 self._feed.exception()
         self._forget()
@@ -193,8 +193,7 @@ class Consumer:
         left = self._out + len(self._parking) + len(self._burying)
         self._forget()  # what failed since it stopped receiving waits no longer
         if self._copier is not None:
-            self._copier.cancel()
-            await asyncio.wait([self._copier])
+            await cancel(self._copier)
         for future in self._copied.values():
             if not future.done():
                 future.set_exception(

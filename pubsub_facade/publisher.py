@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Final
 
+from pubsub_facade._tasks import cancel
 from pubsub_facade.backends.base import Backend
 from pubsub_facade.errors import (
     Closed,
@@ -157,9 +158,8 @@ class Publisher:
         for publication in list(self._pending):
             self._give_up(publication, Closed("the client was closed before the broker confirmed"))
         for task in (self._pump, *self._sends):
-            if task is not None and not task.done():
-                task.cancel()
-                await asyncio.wait([task])
+            if task is not None:
+                await cancel(task)
         if self._expiry is not None:
             self._expiry.cancel()
             self._expiry = None

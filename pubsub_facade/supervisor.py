@@ -13,6 +13,7 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Literal, TypeVar
 
+from pubsub_facade._tasks import cancel
 from pubsub_facade.backends.base import Backend
 from pubsub_facade.errors import AuthenticationFailed, Closed, ConnectionFailed, ConnectionLost
 
@@ -182,8 +183,7 @@ class Supervisor:
             return
         self._change("closed")
         if self._attempt is not None:
-            self._attempt.cancel()
-            await asyncio.wait([self._attempt])
+            await cancel(self._attempt)
         await self.backend.close()
 
     def _change(self, state: State) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Awaitable
 from queue import Empty, SimpleQueue
 from typing import Any, Final, Protocol
 
+from pubsub_facade._tasks import cancel
 from pubsub_facade.consumer import Consumer
 from pubsub_facade.handler import Handler
 from pubsub_facade.message import Delivery
@@ -187,8 +188,7 @@ class ThreadWorkers:
     async def stop(self) -> None:
         """Give back what no thread has begun, and let the threads end; a running handler cannot be ended."""
         if self._feed is not None:
-            self._feed.cancel()
-            await asyncio.wait([self._feed])
+            await cancel(self._feed)
         self._take_back()
         for _ in self._threads:
             self._queue.put(None)

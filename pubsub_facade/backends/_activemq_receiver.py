@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Final, Protocol
 
+from pubsub_facade._tasks import cancel
 from pubsub_facade.backends._activemq_demand import EPHEMERAL, RENEWAL, Demand
 from pubsub_facade.backends._activemq_forms import Form
 from pubsub_facade.backends._activemq_record import Record, places_for
@@ -525,10 +526,7 @@ class ActivemqReceiver(Receiver):
         for timer in self._early.values():
             timer.cancel()
         tasks = [task for task in (self._standing_by, self._renewing, *self._mending) if task is not None]
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await asyncio.wait(tasks)
+        await cancel(*tasks)
         self._flush()
         await self._detach()
 

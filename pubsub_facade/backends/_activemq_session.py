@@ -162,7 +162,10 @@ class Session:
             if made and link.lost is None:
                 receipt, future = link.receipt()
                 link.write(control("UNSUBSCRIBE", {"id": id, "receipt": receipt}))
-                await link.answer(receipt, future)
+                with suppress(
+                    ConnectionLost
+                ):  # which ends the subscription too, and takes nobody's error's place
+                    await link.answer(receipt, future)
 
     # -- Artemis: management by messages ----------------------------------------------------------
 

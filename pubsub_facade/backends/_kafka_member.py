@@ -17,6 +17,7 @@ from aiokafka.coordinator.protocol import ConsumerProtocolMemberAssignment, Cons
 from aiokafka.protocol.commit import OffsetCommitRequest, OffsetFetchRequest
 from aiokafka.protocol.group import HeartbeatRequest, JoinGroupRequest, LeaveGroupRequest, SyncGroupRequest
 
+from pubsub_facade._tasks import cancel
 from pubsub_facade.backends._kafka_cluster import (
     GROUP,
     Cluster,
@@ -112,8 +113,7 @@ class Membership:
     async def stop(self) -> None:
         """No more beats, no more calls to the owner; commits are still possible for a while."""
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait([self._task])
+            await cancel(self._task)
             self._task = None
         self._cluster.drop(self._link)
 

@@ -20,6 +20,7 @@ from typing import Final
 
 from aiokafka.protocol.admin import DeleteGroupsRequest
 
+from pubsub_facade._tasks import cancel
 from pubsub_facade.backends import _kafka_fetch as fetching
 from pubsub_facade.backends._kafka_cluster import (
     GROUP,
@@ -134,16 +135,12 @@ class KafkaBackend(Backend):
         shared, self._shared = self._shared, None
         self._demand = None
         if self._watch is not None:
-            self._watch.cancel()
-            await asyncio.wait([self._watch])
+            await cancel(self._watch)
             self._watch = None
         if self._receivers:
             closing = [asyncio.ensure_future(receiver.close()) for receiver in self._receivers]
             _, late = await asyncio.wait(closing, timeout=CLOSE_TIMEOUT)
-            for task in late:
-                task.cancel()
-            if late:
-                await asyncio.wait(late)
+            await cancel(*late)
             self._receivers.clear()
         if shared is not None:
             shared.presence.stop()
