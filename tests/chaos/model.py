@@ -23,6 +23,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from pubsub_facade import AsyncPubSub, Backoff, ConnectionLost, Delivery, Settings, Stream
 from pubsub_facade.backends.base import Receiver
+from pubsub_facade.backends.sqlite import SqliteBackend
 from pubsub_facade.topics import matches
 
 T = TypeVar("T")
@@ -58,7 +59,9 @@ class ContractMachine(RuleBasedStateMachine):
 
     settings: Callable[[str], Settings]
     patience = 20.0  # s until something that must come has not come
+    moment = 0.1  # s in which nothing more may come at the end
     has_link = False  # to a broker, which a crash can cut
+    has_file = False  # of which a crash leaves open what it had in hand
 
     @initialize(pattern=st.sampled_from(PATTERNS))
     def connect(self, pattern: str) -> None:
@@ -105,18 +108,11 @@ class ContractMachine(RuleBasedStateMachine):
 
     def _take(self, name: str) -> None:
         expected = self.expected[name]
-        if expected.stream is None:
-            expected.stream = self.pubsub.subscribe(
-                expected.pattern,
-                subscription=name,
-                max_attempts=MAX_ATTEMPTS,
-                backoff=Backoff(initial=0.01, maximum=0.01),
-            )
-            self.run(expected.stream.__aenter__())
+        stream = self._stream(name)
         try:
-            delivery = self.run(expected.stream.receive(self.patience))
+            delivery = self.run(stream.receive(self.patience))
             while delivery.receiver in expected.left:
-                delivery = self.run(expected.stream.receive(self.patience))
+                delivery = self.run(stream.receive(self.patience))
         except TimeoutError:
             raise AssertionError(
                 f"{name}: nothing came within {self.patience} s; waiting are {expected.waiting}"
@@ -132,6 +128,18 @@ class ContractMachine(RuleBasedStateMachine):
             self.run(delivery.ack())  # a twin that a seek brought
         else:
             expected.hand[delivery.id] = delivery
+
+    def _stream(self, name: str) -> Stream:
+        expected = self.expected[name]
+        if expected.stream is None:
+            expected.stream = self.pubsub.subscribe(
+                expected.pattern,
+                subscription=name,
+                max_attempts=MAX_ATTEMPTS,
+                backoff=Backoff(initial=0.01, maximum=0.01),
+            )
+            self.run(expected.stream.__aenter__())
+        return expected.stream
 
     def _in_hand(self, data: st.DataObject) -> tuple[Expected, Delivery]:
         names = sorted(name for name, expected in self.expected.items() if expected.hand)
@@ -225,11 +233,20 @@ class ContractMachine(RuleBasedStateMachine):
         for expected in self.expected.values():
             self._came_back(expected)
 
-    @precondition(lambda self: type(self).has_link and not self.crashed and self._may_be_tried_again())
+    @precondition(
+        lambda self: (
+            (type(self).has_link or type(self).has_file) and not self.crashed and self._may_be_tried_again()
+        )
+    )
     @rule()
     def crash(self) -> None:
         """The process ends at once, and another takes its place: here, its loop never turns again."""
-        _cut_all(self.loop)
+        if type(self).has_link:
+            _cut_all(self.loop)
+        else:
+            _end_writer(self.pubsub)
+            for expected in self.expected.values():
+                expected.maybe |= expected.tried.keys()  # acks that had yet to be written
         self.crashed.append((self.loop, self.pubsub))
         self._begin()
         for expected in self.expected.values():
@@ -257,6 +274,7 @@ class ContractMachine(RuleBasedStateMachine):
                     for delivery in expected.hand.values():
                         self.run(delivery.ack())
                     expected.hand.clear()
+                self._nothing_more(name)
                 dead = self.run(_ids(self.pubsub, name))
                 if expected.maybe:  # what is handled once more may die once more
                     dead = sorted(set(dead))
@@ -267,6 +285,14 @@ class ContractMachine(RuleBasedStateMachine):
             for loop, pubsub in self.crashed:
                 loop.run_until_complete(pubsub.close(grace=0))
                 loop.close()
+
+    def _nothing_more(self, name: str) -> None:
+        expected, stream = self.expected[name], self._stream(name)
+        with contextlib.suppress(TimeoutError):
+            while True:
+                delivery = self.run(stream.receive(self.moment))
+                assert delivery.id in expected.maybe, f"{name} got {delivery!r} after all that was waiting"
+                self.run(delivery.ack())
 
     def _came_back_by_leaving(self, expected: Expected) -> None:
         if expected.hand:
@@ -288,6 +314,18 @@ def _cut_all(loop: AbstractEventLoop) -> None:
         with contextlib.suppress(OSError), socket.socket(fileno=os.dup(key.fd)) as end:
             if end.family in (socket.AF_INET, socket.AF_INET6):
                 end.shutdown(socket.SHUT_RDWR)
+
+
+def _end_writer(pubsub: AsyncPubSub) -> None:
+    """End the thread that has the file, and close its pipe, as the kernel does: nobody is told by the file."""
+    backend = pubsub._supervisor.backend
+    assert isinstance(backend, SqliteBackend)
+    writer = backend._writer
+    if writer is not None:
+        writer._stopping = writer._abandoned = True
+        writer._queue.put(None)
+        writer.thread.join(10)
+        assert not writer.thread.is_alive()
 
 
 async def _ids(pubsub: AsyncPubSub, name: str) -> list[str]:

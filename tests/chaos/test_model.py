@@ -1,6 +1,7 @@
 """The contract as a state machine: thousands of steps on the embedded backends, hundreds on the real brokers.
 
-``MODEL_EXAMPLES`` and ``MODEL_STEPS`` are how often, and with how many steps, it is tried on a real broker.
+``MODEL_EXAMPLES`` and ``MODEL_STEPS`` are how often, and with how many steps, it is tried on the embedded file and on
+each real broker.
 """
 
 from __future__ import annotations
@@ -18,16 +19,15 @@ from tests.chaos.model import ContractMachine
 from tests.chaos.world import FORMS
 from tests.conftest import broker_settings
 
-EXAMPLES = int(os.environ.get("MODEL_EXAMPLES", "8"))
-STEPS = int(os.environ.get("MODEL_STEPS", "40"))
+EXAMPLES = int(os.environ.get("MODEL_EXAMPLES", "0"))
+STEPS = int(os.environ.get("MODEL_STEPS", "0"))
 
-pytestmark = pytest.mark.timeout(300 + EXAMPLES * STEPS)
+pytestmark = pytest.mark.timeout(600 + EXAMPLES * STEPS)
 
 
-def hold_against_the_model(
-    make: Callable[[str], Settings], examples: int, steps: int, *, has_link: bool = False
-) -> None:
-    machine = type("Machine", (ContractMachine,), {"settings": staticmethod(make), "has_link": has_link})
+def hold_against_the_model(make: Callable[[str], Settings], examples: int, steps: int, **how: object) -> None:
+    """How: attributes of `ContractMachine`."""
+    machine = type("Machine", (ContractMachine,), {"settings": staticmethod(make), **how})
     run_state_machine_as_test(
         machine,
         settings=settings(
@@ -54,8 +54,9 @@ def test_sqlite_does_what_the_model_says(tmp_path: Path) -> None:
         lambda namespace: Settings(
             backend="sqlite", namespace=namespace, reconnect_max=0.05, sqlite={"path": tmp_path / "m.db"}
         ),
-        25,
-        50,
+        EXAMPLES or 25,
+        STEPS or 50,
+        has_file=True,
     )
 
 
@@ -65,5 +66,9 @@ def test_sqlite_does_what_the_model_says(tmp_path: Path) -> None:
 def test_a_broker_does_what_the_model_says(form: str) -> None:
     load = broker_settings(form)
     hold_against_the_model(
-        lambda namespace: load(namespace=namespace, reconnect_max=0.05), EXAMPLES, STEPS, has_link=True
+        lambda namespace: load(namespace=namespace, reconnect_max=0.05),
+        EXAMPLES or 8,
+        STEPS or 40,
+        has_link=True,
+        moment=0.3,
     )
