@@ -155,12 +155,14 @@ async def test_an_ephemeral_member_without_the_right_ends_with_the_reason(secure
     assert isinstance(error, AuthenticationFailed), repr(error)
 
 
+@pytest.mark.parametrize(
+    "secured", [pytest.param("rabbitmq", marks=pytest.mark.broker("rabbitmq"))], indirect=True
+)
 @pytest.mark.usefixtures("used")
 async def test_the_right_to_publish_is_enough_to_publish(secured: Secured) -> None:
     """On RabbitMQ, where declaring an exchange that is there needs one more."""
     broker = secured.broker
-    if not isinstance(broker, RabbitMQ):
-        return
+    assert isinstance(broker, RabbitMQ)
     grant(broker, BARRED_USER, write=f"^{USED}$")
     try:
         async with client_of(secured, USED, BARRED_USER, BARRED) as client:
