@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import sys
 from argparse import ArgumentParser
 from typing import Any
 
@@ -91,10 +92,7 @@ class Command(BaseCommand):
         except PubSubError as error:
             raise CommandError(str(error), returncode=code_of(error)) from error
         if pubsub.left:
-            raise CommandError(
-                f"{pubsub.left} messages were not finished within {options['grace']:g} s; they come again",
-                returncode=UNFINISHED,
-            )
+            sys.exit(UNFINISHED)  # the log has told, by subscription
 
 
 def _of(registrations: list[Registration]) -> Subscribers:
