@@ -8,10 +8,12 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar
 
+from pubsub_facade._tasks import cancel
 from pubsub_facade.backends import create
 from pubsub_facade.backends.base import Backend, Backlog, Capabilities, Finding, Position
 from pubsub_facade.codec import encode
@@ -32,6 +34,7 @@ log = logging.getLogger("pubsub_facade")
 Function = TypeVar("Function", bound=Callable[..., Any])
 T = TypeVar("T")
 
+SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)  # that ask a process to end
 GRACE: Final = 30.0  # s that close() gives handlers in hand
 
 
@@ -351,23 +354,9 @@ class AsyncPubSub:
         A second signal ends the process at once: what was not handled was not settled. Raises the error of a
         member that cannot go on (authentication, configuration, topology).
         """
-        loop = asyncio.get_running_loop()
         stop = asyncio.Event()
-        signals = [signal.SIGTERM, signal.SIGINT]
-
-        ending = Ending()
-
-        def on_signal(number: int) -> None:
-            if ending.begins(number):
-                stop.set()
-
-        for number in signals:
-            loop.add_signal_handler(number, on_signal, number)
-        try:
+        with set_by_signals(stop):
             await self.serve(stop, grace)
-        finally:
-            for number in signals:
-                loop.remove_signal_handler(number)
 
     async def serve(self, stop: asyncio.Event, grace: float = GRACE) -> None:
         """As `run`, until ``stop`` is set, without touching signals."""
@@ -486,6 +475,25 @@ class Ending:
         return False
 
 
+@contextmanager
+def set_by_signals(stop: asyncio.Event) -> Iterator[None]:
+    """SIGTERM and SIGINT set ``stop``, as `Ending` says. For the loop of the main thread."""
+    loop = asyncio.get_running_loop()
+    ending = Ending()
+
+    def on_signal(number: int) -> None:
+        if ending.begins(number):
+            stop.set()
+
+    for number in SIGNALS:
+        loop.add_signal_handler(number, on_signal, number)
+    try:
+        yield
+    finally:
+        for number in SIGNALS:
+            loop.remove_signal_handler(number)
+
+
 def _given(**values: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
@@ -501,7 +509,4 @@ async def _unless(stop: asyncio.Event, coroutine: Any) -> bool:
             return True
         return False
     finally:
-        for each in (task, stopped):
-            if not each.done():
-                each.cancel()
-                await asyncio.wait([each])
+        await cancel(task, stopped)

@@ -21,7 +21,7 @@ from types import FrameType, TracebackType
 from typing import Any, Final, Self, TypeVar
 
 from pubsub_facade.backends.base import Backlog, Capabilities, Finding, Position
-from pubsub_facade.client import GRACE, AsyncPubSub, Ending
+from pubsub_facade.client import GRACE, SIGNALS, AsyncPubSub, Ending
 from pubsub_facade.consumer import WINDOW
 from pubsub_facade.dead_letters import DeadLetters
 from pubsub_facade.errors import Closed, PubSubError
@@ -133,15 +133,30 @@ class _LoopThread:
             future.cancel()
             raise
 
-    def attend(self, coroutine: Coroutine[Any, Any, None]) -> None:
-        """As `call`, for the long run of the main thread, whose signal handlers must get their turn.
+    def attend(self, serve: Callable[[asyncio.Event], Coroutine[Any, Any, None]]) -> None:
+        """As `call` of ``serve(stop)``, for a long run; on the main thread SIGTERM and SIGINT set ``stop``.
 
         A signal that the system hands to another thread does not interrupt a lock: the main thread looks up.
         """
-        future = asyncio.run_coroutine_threadsafe(coroutine, self.loop)
-        while not concurrent.futures.wait([future], LOOK_UP).done:
-            pass
-        future.result()
+        self.check_caller()
+        stop = asyncio.Event()
+        ending = Ending()
+
+        def on_signal(number: int, frame: FrameType | None) -> None:
+            if ending.begins(number):
+                self.loop.call_soon_threadsafe(stop.set)
+
+        previous: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            previous = {number: signal.signal(number, on_signal) for number in SIGNALS}
+        try:
+            future = asyncio.run_coroutine_threadsafe(serve(stop), self.loop)
+            while not concurrent.futures.wait([future], LOOK_UP).done:
+                pass
+            future.result()
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
 
 
 _thread: _LoopThread | None = None
@@ -349,25 +364,7 @@ class PubSub:
             grace: seconds that handlers in hand and unconfirmed messages get at the end.
         """
         client = self._here()
-        thread = _loop_thread()
-        thread.check_caller()
-        stop = asyncio.Event()
-        previous: dict[int, Any] = {}
-        ending = Ending()
-
-        def on_signal(number: int, frame: FrameType | None) -> None:
-            if ending.begins(number):
-                thread.loop.call_soon_threadsafe(stop.set)
-
-        if threading.current_thread() is threading.main_thread():
-            previous = {
-                number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)
-            }
-        try:
-            thread.attend(client.serve(stop, grace))
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+        _loop_thread().attend(lambda stop: client.serve(stop, grace))
 
     def ping(self) -> None:
         """One round trip to the broker. Raises ConnectionFailed or ConnectionLost where there is none."""

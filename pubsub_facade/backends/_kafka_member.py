@@ -174,9 +174,7 @@ class Membership:
                     return
             await task
         finally:
-            if not task.done():
-                task.cancel()
-                await asyncio.wait([task])
+            await cancel(task)
 
     def _lose(self) -> None:
         log.warning(

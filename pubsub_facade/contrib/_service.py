@@ -9,14 +9,11 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import signal
-import threading
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AsyncExitStack
-from types import FrameType
 from typing import Any, Final
 
-from pubsub_facade.client import GRACE, AsyncPubSub, Ending
+from pubsub_facade.client import GRACE, AsyncPubSub
 from pubsub_facade.errors import ConfigError, PubSubError
 from pubsub_facade.message import Message
 from pubsub_facade.sync import PubSub, _loop_thread
@@ -138,23 +135,7 @@ async def _waiting(client: AsyncPubSub) -> int | None:
 def run(pubsub: PubSub, *, grace: float = GRACE, drain: bool = False, health: str | None = None) -> None:
     """`serve` for a `PubSub`, until SIGTERM or SIGINT; a later signal ends the process at once."""
     client = pubsub._here()
-    thread = _loop_thread()
-    thread.check_caller()
-    stop = asyncio.Event()
-    ending = Ending()
-
-    def on_signal(number: int, frame: FrameType | None) -> None:
-        if ending.begins(number):
-            thread.loop.call_soon_threadsafe(stop.set)
-
-    previous: dict[int, Any] = {}
-    if threading.current_thread() is threading.main_thread():
-        previous = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        thread.attend(serve(client, stop, grace=grace, drain=drain, health=health))
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    _loop_thread().attend(lambda stop: serve(client, stop, grace=grace, drain=drain, health=health))
 
 
 async def publish_from(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import signal
 from argparse import ArgumentParser
 from contextlib import AsyncExitStack
 from typing import Any
@@ -13,7 +12,7 @@ from django.core.management.base import BaseCommand, CommandError
 from django.db import router
 
 from pubsub_facade.cli.errors import code_of
-from pubsub_facade.client import AsyncPubSub, Ending
+from pubsub_facade.client import AsyncPubSub, set_by_signals
 from pubsub_facade.contrib._service import answer_health
 from pubsub_facade.contrib.django.clients import DEFAULT, client
 from pubsub_facade.contrib.django.management.commands.runsubscribers import _log
@@ -71,16 +70,8 @@ class Command(BaseCommand):
 
     async def _relay(self, options: dict[str, Any]) -> int:
         stop = asyncio.Event()
-        loop = asyncio.get_running_loop()
-        ending = Ending()
-
-        def on_signal(number: int) -> None:
-            if ending.begins(number):
-                stop.set()
-
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, on_signal, number)
         async with AsyncExitStack() as stack:
+            stack.enter_context(set_by_signals(stop))
             pubsub = await stack.enter_async_context(AsyncPubSub(client(options["alias"]).settings))
             relay = Relay(
                 pubsub,
