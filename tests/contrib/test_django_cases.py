@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -13,27 +12,11 @@ from pathlib import Path
 import pytest
 
 from .conftest import ALL, ROOT
-from .test_django import HERE, environment
-
-
-def run(cases: str, url: str, folder: Path, **more: str) -> None:
-    """Run a file of cases: all pass, none is skipped."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--create-db", "-W", "error",
-         "-o", "addopts=", "--timeout", "60", "--rootdir", str(HERE / "project"), str(HERE / "project" / cases)],
-        cwd=folder,
-        env=environment(url, TEST_DATABASE=f"test_{os.getpid()}", **more),
-        capture_output=True,
-        text=True,
-        timeout=110,
-        check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(r"^\d+ passed in", done.stdout, re.MULTILINE), done.stdout
+from .test_django import environment, run_cases
 
 
 def test_settings_come_from_the_places_that_are_told(tmp_path: Path) -> None:
-    run("settings_cases.py", "sqlite:///app.sqlite3", tmp_path)
+    run_cases("settings_cases.py", "sqlite:///app.sqlite3", tmp_path)
 
 
 @pytest.mark.parametrize("database", ALL)
@@ -41,14 +24,14 @@ def test_a_second_database_and_a_second_alias(
     database: str, database_url: Callable[[str], str], tmp_path: Path
 ) -> None:
     first, second = database_url(database), database_url(database)
-    run("databases_cases.py", first, tmp_path, OTHER_DATABASE_URL=second)
+    run_cases("databases_cases.py", first, tmp_path, OTHER_DATABASE_URL=second)
 
 
 @pytest.mark.parametrize("database", ALL)
 def test_a_second_application_and_what_applications_declare(
     database: str, database_url: Callable[[str], str], tmp_path: Path
 ) -> None:
-    run("apps_cases.py", database_url(database), tmp_path, MORE_APPS="project.mail")
+    run_cases("apps_cases.py", database_url(database), tmp_path, MORE_APPS="project.mail")
 
 
 def test_tests_that_say_nothing_of_a_broker_are_on_memory(tmp_path: Path) -> None:

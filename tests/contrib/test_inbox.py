@@ -90,8 +90,11 @@ def test_the_effect_happens_once_however_often_the_message_comes(
     assert len(attempts) >= 40  # those that raised did happen, and were undone
 
 
-def test_two_subscriptions_each_have_the_effect(books: Books, pubsub: PubSub, pubsub_hub: TestHub) -> None:
-    for name in ("one", "two"):
+@pytest.mark.parametrize("names", [("one", "two"), ("Ledger", "ledger")])
+def test_two_subscriptions_each_have_the_effect(
+    names: tuple[str, str], books: Books, pubsub: PubSub, pubsub_hub: TestHub
+) -> None:
+    for name in names:
 
         @pubsub.subscriber("pay", subscription=name)
         @books.inbox.exactly_once(sessionmaker(books.engine))
@@ -120,22 +123,6 @@ def test_ids_that_are_almost_the_same_each_have_their_effect(
         pubsub.publish_many([Message("pay", 1 << bit, id=id) for bit, id in enumerate(ALIKE)])
     pubsub_hub.drain()
     assert bin(books.sum()) == bin((1 << len(ALIKE)) - 1)
-
-
-def test_subscriptions_that_are_almost_the_same_each_have_their_effect(
-    books: Books, pubsub: PubSub, pubsub_hub: TestHub
-) -> None:
-    for name in ("Ledger", "ledger"):
-
-        @pubsub.subscriber("pay", subscription=name)
-        @books.inbox.exactly_once(sessionmaker(books.engine))
-        def book(amount: int, session: Session) -> None:
-            session.execute(sa.insert(books.ledger).values(amount=amount))
-
-    pubsub.start()
-    pubsub.publish("pay", 5, id="same")
-    pubsub_hub.drain()
-    assert books.sum() == 10
 
 
 def test_a_mark_that_the_database_refuses_is_not_taken_for_one_that_is_there(

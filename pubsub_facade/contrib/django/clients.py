@@ -50,13 +50,13 @@ def _by_alias() -> dict[str, Any]:
     return {DEFAULT: value}
 
 
-def settings_of(alias: str = DEFAULT) -> Settings:
-    """The settings of an alias, read anew. Raises ConfigError, naming the setting."""
+def settings_of(alias: str = DEFAULT, config: str | None = None, **overrides: Any) -> Settings:
+    """The settings of an alias, read anew; see `load_settings`. Raises ConfigError, naming the setting."""
     values = _by_alias()
     if alias not in values:
         _check_default(values[DEFAULT])
         raise ConfigError(f"{SETTING} has no alias {alias!r}: it has {', '.join(values)}")
-    return load_settings(values[alias])
+    return load_settings(values[alias], config, **overrides)
 
 
 def load_settings(value: Any, config: str | None = None, **overrides: Any) -> Settings:

@@ -8,7 +8,8 @@ in a payload are published as text.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from asgiref.sync import sync_to_async
@@ -44,24 +45,15 @@ def publish(
     Arguments:
         alias: of the ``PUBSUB`` setting.
     """
-    try:
-        return client(alias).publish(
-            topic, payload, key=key, headers=headers, id=id, delay=delay, timeout=timeout
-        )
-    except MessageError as error:
-        message = Message(topic, payload, key=key, headers=headers, id=id, delay=delay)
-        return client(alias).publish_many(_said([message], error), timeout=timeout)[0]
+    message = Message(topic, payload, key=key, headers=headers, id=id, delay=delay)
+    return publish_many([message], timeout=timeout, alias=alias)[0]
 
 
 def publish_many(
     messages: Iterable[Message], *, timeout: float | None = None, alias: str = DEFAULT
 ) -> list[Message]:
     """Publish messages as one confirmed batch."""
-    messages = list(messages)
-    try:
-        return client(alias).publish_many(messages, timeout=timeout)
-    except MessageError as error:
-        return client(alias).publish_many(_said(messages, error), timeout=timeout)
+    return _saying(partial(client(alias).publish_many, timeout=timeout), messages)
 
 
 async def apublish(
@@ -141,13 +133,18 @@ def _rows(messages: Iterable[Message]) -> tuple[list[Message], list[OutboxMessag
     from pubsub_facade.contrib.django.models import OutboxMessage
 
     limit = client().capabilities.max_payload
-    messages = list(messages)
-    try:
-        prepared = [prepare(message, max_payload=limit) for message in messages]
-    except MessageError as error:
-        prepared = [prepare(message, max_payload=limit) for message in _said(messages, error)]
+    prepared = _saying(lambda given: [prepare(message, max_payload=limit) for message in given], messages)
     now = time.time()
     return prepared, [OutboxMessage(**columns_of(message, now)) for message in prepared]
+
+
+def _saying(use: Callable[[list[Message]], list[Message]], messages: Iterable[Message]) -> list[Message]:
+    """``use(messages)``; where they cannot be encoded, again with their lazy translations as text."""
+    given = list(messages)
+    try:
+        return use(given)
+    except MessageError as error:
+        return use(_said(given, error))
 
 
 def _said(messages: list[Message], error: MessageError) -> list[Message]:

@@ -10,8 +10,7 @@ from django.core.management.base import BaseCommand, CommandParser
 from pubsub_facade.cli.errors import guarded
 from pubsub_facade.cli.options import Options
 from pubsub_facade.cli.root import cli
-from pubsub_facade.contrib.django.clients import DEFAULT, _by_alias, client, load_settings
-from pubsub_facade.errors import ConfigError
+from pubsub_facade.contrib.django.clients import DEFAULT, client, settings_of
 
 
 class Command(BaseCommand):
@@ -38,11 +37,8 @@ class Command(BaseCommand):
 
     def _run(self, alias: str, arguments: list[str]) -> int:
         def load(config: str | None = None, **overrides: Any) -> Any:
-            values = _by_alias()
-            if alias not in values:
-                raise ConfigError(f"PUBSUB has no alias {alias!r}: it has {', '.join(values)}")
             if config is None and not overrides:
                 return client(alias).settings
-            return load_settings(values[alias], config, **overrides)
+            return settings_of(alias, config, **overrides)
 
         return guarded(cli, arguments, Options(load=load), "manage.py pubsub")
