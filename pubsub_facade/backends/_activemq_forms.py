@@ -12,7 +12,9 @@ import json
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from typing import Any, ClassVar, Final
 
 from pubsub_facade.backends._activemq_jolokia import Jolokia
@@ -28,7 +30,7 @@ from pubsub_facade.topics import matches
 
 EVERYTHING: Final = 1_000_000  # prefetch of a sweep
 STALE: Final = 60.0  # s after which another sweep's fence was left behind by a crash
-PAUSE: Final = 0.5  # s without a message after which a sweep gives the broker a push
+PAUSE: Final = 0.5  # s without a message after which a sweep looks what is the matter
 BUSY: Final = 3.0  # s to wait for a client-id that another process holds while it declares
 KEPT: Final = {"maxDeliveryAttempts": -1}  # Artemis' setting for what it must never put aside
 FRAME: Final = 512  # bytes a message is taken for where a broker counts its window in bytes
@@ -223,7 +225,7 @@ class Classic(Form):
             ):
                 await store(link, [Letter(lines, {FENCE: fence}, b"") for fence, lines in fences.items()])
                 while fences:
-                    frame = await self._next(session, queue, box)
+                    frame = await _next(box, partial(self._nudge, session, queue))
                     headers = frame[0]
                     fence = headers.get(FENCE)
                     if fence is None:
@@ -235,16 +237,10 @@ class Classic(Form):
             raise PubSubError(f"activemq: queue {queue} could not be read within {ANSWER:g} s") from error
         return frames
 
-    async def _next(self, session: Session, queue: str, box: Box) -> Frame:
+    async def _nudge(self, session: Session, queue: str) -> None:
         """Classic now and then stops in the middle of a long queue, until something happens to it or 30 s are over."""
-        while box.empty():
-            try:
-                async with asyncio.timeout(PAUSE):
-                    return await next_of(box)
-            except TimeoutError:
-                async with session.subscribed(self.from_queue(queue, 0)):
-                    pass
-        return await next_of(box)
+        async with session.subscribed(self.from_queue(queue, 0)):
+            pass
 
     async def browse(self, session: Session, queue: str) -> list[Frame]:
         """400 messages at most (``maxBrowsePageSize``); expired ones may be among them. Waits for no sweep."""
@@ -268,6 +264,16 @@ class Classic(Form):
     async def _dead(self, name: str) -> int | None:
         assert self.jolokia is not None
         return (await self.jolokia.queues([self.queue("dead", name)]))[0]
+
+
+async def _next(box: Box, silent: Callable[[], Awaitable[None]]) -> Frame:
+    """The next frame of a sweep; ``silent`` is called where none came for a while."""
+    while box.empty():
+        with suppress(TimeoutError):
+            async with asyncio.timeout(PAUSE):
+                return await next_of(box)
+        await silent()
+    return await next_of(box)
 
 
 def _not_persistent(lines: str) -> str:
@@ -576,10 +582,11 @@ class Artemis(Form):
         if not await self._exists(session, queue):
             return frames
         headers = {**self._subscribe(queue, 1), "consumer-window-size": "-1"}
+        alone = partial(self._check_consumed, session, queue)
         try:
             async with session.subscribed(headers) as box, asyncio.timeout(ANSWER):
                 await store(session.main, [Letter(self.queue_lines(queue), {FENCE: fence}, b"")])
-                while (frame := await self._next(session, queue, box))[0].get(FENCE) != fence:
+                while (frame := await _next(box, alone))[0].get(FENCE) != fence:
                     frames.append(frame)
         except TimeoutError as error:
             raise ConnectionLost(f"activemq: queue {queue} could not be read within {ANSWER:g} s") from error
@@ -588,16 +595,10 @@ class Artemis(Form):
             await self._manage(session, f"queue.{queue}", "removeMessage", int(foreign_id(each)))
         return [frame for frame in frames if FENCE not in frame[0]]
 
-    async def _next(self, session: Session, queue: str, box: Box) -> Frame:
+    async def _check_consumed(self, session: Session, queue: str) -> None:
         """Who subscribes to a queue that is just being deleted is not told; what is sent to it makes another."""
-        while box.empty():
-            try:
-                async with asyncio.timeout(PAUSE):
-                    return await next_of(box)
-            except TimeoutError:
-                if not await self._manage(session, f"queue.{queue}", "getConsumerCount"):
-                    raise ConnectionLost(f"activemq: queue {queue} was deleted while it was read") from None
-        return await next_of(box)
+        if not await self._manage(session, f"queue.{queue}", "getConsumerCount"):
+            raise ConnectionLost(f"activemq: queue {queue} was deleted while it was read")
 
     async def count(self, session: Session, name: str, covers: Sequence[str]) -> Backlog:
         """What is in flight is not told: the window is in bytes, so members hold more than they handed out."""

@@ -162,9 +162,7 @@ class Session:
             if made and link.lost is None:
                 receipt, future = link.receipt()
                 link.write(control("UNSUBSCRIBE", {"id": id, "receipt": receipt}))
-                with suppress(
-                    ConnectionLost
-                ):  # which ends the subscription too, and takes nobody's error's place
+                with suppress(ConnectionLost):  # it ends the subscription too, and hides no other error
                     await link.answer(receipt, future)
 
     # -- Artemis: management by messages ----------------------------------------------------------

@@ -305,19 +305,22 @@ class Cluster:
             if self._unanswered is not None and self._unanswered[0] > called:
                 raise ConnectionLost(self._unanswered[1])  # somebody has waited in vain meanwhile
             began = time.monotonic()
-            request = Metadata(names)
             try:
-                try:
-                    response = await self._newest(request)
-                except ConnectionLost:
-                    await self._ask_bootstrap(began)
-                    response = await self._newest(request)
+                response = await self._metadata(Metadata(names), began)
             except ConnectionLost as error:
                 self._unanswered = (time.monotonic(), str(error))
                 raise
             self._learn(response, names)
             if names is None:
                 self._refreshed = began
+
+    async def _metadata(self, request: Any, began: float) -> Any:
+        """Of the brokers that are known; where none of these answers, of those that bootstrap servers name."""
+        try:
+            return await self._newest(request)
+        except ConnectionLost:
+            await self._ask_bootstrap(began)
+            return await self._newest(request)
 
     async def _newest(self, request: Any) -> Any:
         """The answer of the first broker that knows of no older leaders than we do; the last one, where all do."""
@@ -495,11 +498,7 @@ def explain(code: int) -> str:
 
 def _advised(error: BaseException, *, secure: bool) -> str:
     """Why a broker could not be connected to, and what to look at."""
-    advice = ""
-    inner: BaseException | None = error
-    while inner is not None and not advice:
-        advice = _tls_advice.of_error(inner, "kafka")
-        inner = inner.__cause__ or inner.__context__
+    advice = _tls_advice.of_error(error, "kafka")
     if not advice and (isinstance(error, TimeoutError | ConnectionResetError) or "closed" in str(error)):
         advice = _tls_advice.of_silence("kafka", secure=secure)
     return f"{_why(error)}: {advice}" if advice else _why(error)

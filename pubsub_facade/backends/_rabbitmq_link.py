@@ -12,7 +12,7 @@ import contextlib
 import logging
 import struct
 from collections.abc import AsyncIterator, Callable
-from typing import Any, Final, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 import pika
 from pika import exceptions, frame
@@ -326,6 +326,13 @@ class Link(AsyncioConnection):  # type: ignore[misc] # pika has no types
         self._partial.pop(channel, None)
 
 
+class _Wait(NamedTuple):
+    """Since when (loop time) an answer is awaited, and to which of pika's calls."""
+
+    since: float
+    call: str
+
+
 class Channel:
     """One channel of a link: pika's calls, awaited. Dead once `error` is set."""
 
@@ -334,8 +341,7 @@ class Channel:
         self.error: PubSubError | None = None
         self.on_closed: list[Callable[[PubSubError], None]] = []
         self._loop = asyncio.get_running_loop()
-        self._waiting: dict[asyncio.Future[Any], float] = {}  # since when; the oldest first
-        self._asking: dict[asyncio.Future[Any], str] = {}  # which of pika's calls; the oldest first
+        self._waiting: dict[asyncio.Future[Any], _Wait] = {}  # the oldest first
         self._opened = self.future()
         link.unanswered.append(self._since)
         self._closed: asyncio.Future[None] = self._loop.create_future()
@@ -343,15 +349,19 @@ class Channel:
         self.number: int = self.pika.channel_number
         self.pika.add_on_close_callback(self._on_closed)
 
-    def future(self) -> asyncio.Future[Any]:
-        """For an answer that comes on this channel: it fails with it, and the link is given up where none comes."""
+    def future(self, call: str = "") -> asyncio.Future[Any]:
+        """For an answer that comes on this channel: it fails with it, and the link is given up where none comes.
+
+        Arguments:
+            call: of pika's that is answered; "": none.
+        """
         future = self._loop.create_future()
-        self._waiting[future] = self._loop.time()
+        self._waiting[future] = _Wait(self._loop.time(), call)
         future.add_done_callback(lambda done: self._waiting.pop(done, None))
         return future
 
     def _since(self) -> float | None:
-        return next(iter(self._waiting.values()), None)
+        return next((wait.since for wait in self._waiting.values()), None)
 
     def _on_opened(self, _: Any) -> None:
         if not self._opened.done():
@@ -379,7 +389,8 @@ class Channel:
         if isinstance(reason, exceptions.ChannelClosedByBroker):
             text = f"{self.link.title}: {reason.reply_text}"
             if reason.reply_code == 403:
-                right = _missing(next(iter(self._asking.values()), ""), reason.reply_text)
+                asked = next((wait.call for wait in self._waiting.values() if wait.call), "")
+                right = _missing(asked, reason.reply_text)
                 error = AuthenticationFailed(
                     f"{text}: grant the right to {right} (rabbitmqctl set_permissions)"
                 )
@@ -397,9 +408,7 @@ class Channel:
         """
         if self.error is not None:
             raise self.error
-        future = self.future()
-        self._asking[future] = start.__name__
-        future.add_done_callback(lambda done: self._asking.pop(done, None))
+        future = self.future(start.__name__)
 
         def answered(answer: Any) -> None:
             if not future.done():
@@ -418,7 +427,7 @@ class Channel:
             with contextlib.suppress(exceptions.AMQPError):
                 if self.pika.is_open:
                     self.pika.close()
-                    self._waiting[self._closed] = self._loop.time()
+                    self._waiting[self._closed] = _Wait(self._loop.time(), "")
                 await asyncio.shield(self._closed)
 
 

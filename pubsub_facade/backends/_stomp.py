@@ -454,9 +454,7 @@ def _reason(error: BaseException, timeout: float, *, secure: bool) -> str:
     """Why a host could not be connected to, and what to look at."""
     if isinstance(error, TimeoutError):
         return f"no answer within {timeout:g} s: {_tls_advice.of_silence('activemq', secure=secure)}"
-    advice = _tls_advice.of_error(error, "activemq") or _tls_advice.of_error(
-        error.__cause__ or error, "activemq"
-    )
+    advice = _tls_advice.of_error(error, "activemq")
     if not advice and isinstance(error, ConnectionLost):
         advice = _tls_advice.of_silence("activemq", secure=secure)
     return f"{error}: {advice or 'is it running, with STOMP on this port?'}"

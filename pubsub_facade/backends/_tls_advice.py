@@ -10,18 +10,21 @@ import ssl
 
 
 def of_error(error: BaseException, section: str) -> str:
-    """What an error of TLS means and what to do; "" where it is none.
+    """What an error of TLS, or one that it led to, means and what to do; "" where TLS has no part in it.
 
     Arguments:
         section: of the settings, as ``rabbitmq``.
     """
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return (
-            f"its certificate is not trusted ({error.verify_message}): see ca and hostname of [{section}.tls]"
-        )
-    if not isinstance(error, ssl.SSLError):
+    inner: BaseException | None = error
+    while inner is not None and not isinstance(inner, ssl.SSLError):
+        inner = inner.__cause__ or inner.__context__
+    if inner is None:
         return ""
-    reason = error.reason or str(error)
+    if isinstance(inner, ssl.SSLCertVerificationError):
+        return (
+            f"its certificate is not trusted ({inner.verify_message}): see ca and hostname of [{section}.tls]"
+        )
+    reason = inner.reason or str(inner)
     if "ALERT" in reason and "CERTIFICATE" in reason:
         return f"it refused our certificate, or misses one ({reason}): see cert and key of [{section}.tls]"
     if "ALERT" in reason:

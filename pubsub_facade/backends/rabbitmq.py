@@ -44,12 +44,9 @@ from pubsub_facade.settings import Settings
 from pubsub_facade.subscription import Definition, Subscription
 
 CLOSE_TIMEOUT: Final = 5.0  # s for members to leave in good order
-_TRAITS: Final = (
-    "'type'",
-    "'durable'",
-    "'auto_delete'",
-    "'internal'",
-)  # of an exchange; without ours it loses
+_TRAITS: Final = ("'type'", "'durable'", "'auto_delete'", "'internal'")
+"""Of an exchange: one that differs from ours in one of these would lose messages; arguments of its own are fine."""
+
 MAX_PATIENCE: Final = 600.0  # s for an answer, where link after link got none
 
 
@@ -160,9 +157,7 @@ class RabbitmqBackend(Backend):
         except ChannelClosed as error:
             if error.code != MISMATCH:
                 raise ConnectionFailed(str(error)) from error
-            if any(
-                trait in str(error) for trait in _TRAITS
-            ):  # else it has arguments of its own, which is fine
+            if any(trait in str(error) for trait in _TRAITS):
                 raise TopologyConflict(
                     f"{error}: exchange {exchange!r} is not ours; choose another namespace, or delete it"
                 ) from error
