@@ -41,6 +41,8 @@ _DENIED: Final = ("password is invalid", "Security Error", "not authorized", "do
 
 _REFUSED_MESSAGE: Final = re.compile(r"(AMQ339011 Error sending message) .*? address=([^,\]]+)", re.DOTALL)
 
+_REFUSED_ACK: Final = "AMQ339018"
+
 _CLOSED_CONSUMER: Final = re.compile(r"consumer with ID .*?QueueImpl\[name=([^,]+),", re.DOTALL)
 
 
@@ -465,6 +467,8 @@ def _short(text: str) -> str:
     closed = _CLOSED_CONSUMER.match(text)
     if closed is not None:
         return f"queue {closed[1][:MAX_TEXT]} was deleted on the broker, or our consumer of it closed there"
+    if text.startswith(_REFUSED_ACK):
+        return f"{text[:MAX_TEXT]}: its queue was deleted on the broker, or our consumer of it closed there"
     shown = _REFUSED_MESSAGE.match(text)
     if shown is None:
         return text[:MAX_TEXT]

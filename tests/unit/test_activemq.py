@@ -27,7 +27,16 @@ from pubsub_facade.backends._activemq_wire import (
     one_word,
     reserved,
 )
-from pubsub_facade.backends._stomp import ClientBusy, Link, Parser, control, escape, send_frame, unescape
+from pubsub_facade.backends._stomp import (
+    ClientBusy,
+    Link,
+    Parser,
+    _short,
+    control,
+    escape,
+    send_frame,
+    unescape,
+)
 from pubsub_facade.errors import (
     AuthenticationFailed,
     ConnectionFailed,
@@ -303,3 +312,12 @@ async def test_reading_a_queue_that_is_deleted_under_the_reader_ends(monkeypatch
     form = _activemq_forms.Artemis(Settings(backend="activemq", activemq={"flavor": "artemis"}))
     with pytest.raises(ConnectionLost, match="queue was deleted while it was read"):
         await asyncio.wait_for(form.sweep(Deaf(), "queue", lambda _: False), 5)  # type: ignore[arg-type]
+
+
+def test_what_artemis_says_of_a_deleted_queue_says_so() -> None:
+    refused = "AMQ339018 Error acknowledging message 320745,320837"
+    closed = "consumer with ID 7 of QueueImpl[name=social$sub.audit, postOffice=...] is closed"
+    assert _short(refused).startswith(refused)
+    for text in (refused, closed):
+        assert "was deleted on the broker" in _short(text)
+    assert _short("anything else") == "anything else"
