@@ -18,6 +18,7 @@ from typing import Any
 from pubsub_facade import PubSub
 
 from .conftest import ROOT
+from .servers import environment
 
 DEADLINE = 30.0  # s for anything that should happen at once, on a busy machine
 
@@ -156,16 +157,12 @@ class Site:
         for name, text in {**FILES, "pubsub.toml": config}.items():
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_text(text)
-        kept = {
-            name: value for name, value in os.environ.items() if not name.startswith(("PUBSUB_", "PYTEST_"))
-        }
-        self.environment = {
-            **kept,
-            "PYTHONPATH": os.pathsep.join([str(ROOT), str(folder)]),
-            "PYTHONWARNINGS": "error",
-            "DJANGO_SETTINGS_MODULE": "settings",
-            "FLASK_APP": "app:create_app",
-        }
+        self.environment = environment(
+            PYTHONPATH=os.pathsep.join([str(ROOT), str(folder)]),
+            PYTHONWARNINGS="error",
+            DJANGO_SETTINGS_MODULE="settings",
+            FLASK_APP="app:create_app",
+        )
         self._started: list[Service] = []
 
     def client(self, **overrides: Any) -> PubSub:

@@ -109,6 +109,14 @@ class Secured:
             fields["flavor"] = "artemis"
         return {"backend": backend, "namespace": "tls", "connect_timeout": 4.0, backend: fields}
 
+    def settings_of(self, username: str, password: str, namespace: str) -> dict[str, Any]:
+        """Settings of a user with a password, over TLS."""
+        sasl = {"sasl_mechanism": "PLAIN"} if self.name == "kafka" else {}
+        port = self.sasl_port if self.name == "kafka" else self.port
+        tls = {"ca": self.certificates.ca}
+        settings = self.settings(port, tls, username=username, password=password, **sasl)
+        return {**settings, "namespace": namespace}
+
     def _rabbitmq(self, ports: Mapping[str, int]) -> tuple[list[str], list[str]]:
         # One set of TLS options for all listeners: a client that shows a certificate is checked, on any.
         self.mutual_port = self.port

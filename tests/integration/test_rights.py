@@ -56,11 +56,7 @@ NEEDED: Final = {
 
 
 def client_of(secured: Secured, namespace: str, username: str, password: str) -> AsyncPubSub:
-    sasl = {"sasl_mechanism": "PLAIN"} if secured.name == "kafka" else {}
-    port = secured.sasl_port if secured.name == "kafka" else secured.port
-    tls = {"ca": secured.certificates.ca}
-    settings = secured.settings(port, tls, username=username, password=password, **sasl)
-    return AsyncPubSub(Settings(**{**settings, "namespace": namespace}))
+    return AsyncPubSub(Settings(**secured.settings_of(username, password, namespace)))
 
 
 @pytest_asyncio.fixture

@@ -33,15 +33,6 @@ async def handle(payload: object) -> None:
 """
 
 
-def of(secured: Secured, username: str, password: str) -> dict[str, Any]:
-    """Settings of a user of a broker."""
-    sasl = {"sasl_mechanism": "PLAIN"} if secured.name == "kafka" else {}
-    port = secured.sasl_port if secured.name == "kafka" else secured.port
-    tls = {"ca": secured.certificates.ca}
-    settings = secured.settings(port, tls, username=username, password=password, **sasl)
-    return {**settings, "namespace": SPACE}
-
-
 def run(folder: Path, settings: Mapping[str, Any], code: int) -> str:
     """The one line that ``pubsub run`` ends with; the code must be this one."""
     (folder / "app.py").write_text(APP)
@@ -58,7 +49,7 @@ def run(folder: Path, settings: Mapping[str, Any], code: int) -> str:
 
 
 def test_a_wrong_password_ends_it(secured: Secured, tmp_path: Path) -> None:
-    line = run(tmp_path, of(secured, USER, "wrong-password"), REFUSED)
+    line = run(tmp_path, secured.settings_of(USER, "wrong-password", SPACE), REFUSED)
     assert "127.0.0.1" in line
     assert "check username" in line
     assert "password" in line
@@ -66,7 +57,7 @@ def test_a_wrong_password_ends_it(secured: Secured, tmp_path: Path) -> None:
 
 
 def test_a_user_without_rights_ends_it(secured: Secured, tmp_path: Path) -> None:
-    line = run(tmp_path, of(secured, BARRED_USER, BARRED), REFUSED)
+    line = run(tmp_path, secured.settings_of(BARRED_USER, BARRED, SPACE), REFUSED)
     assert SPACE in line
     assert "grant" in line
 
@@ -105,7 +96,7 @@ async def a_topic_whose_name_is_too_like_ours(secured: Secured) -> None:
 
 
 async def an_order_over_other_topics(secured: Secured) -> None:
-    async with AsyncPubSub(Settings(**of(secured, USER, PASSWORD))) as pubsub:
+    async with AsyncPubSub(Settings(**secured.settings_of(USER, PASSWORD, SPACE))) as pubsub:
         await pubsub.declare("a.#", subscription="audit", ordered=True)
 
 
@@ -124,7 +115,7 @@ async def test_a_conflict_on_the_broker_ends_it(secured: Secured, tmp_path: Path
     for conflict, words in CONFLICTS[secured.name].items():
         await conflict(secured)
         try:
-            line = await asyncio.to_thread(run, tmp_path, of(secured, USER, PASSWORD), MISUSE)
+            line = await asyncio.to_thread(run, tmp_path, secured.settings_of(USER, PASSWORD, SPACE), MISUSE)
         finally:
             if secured.name == "rabbitmq":
                 await on_rabbitmq(secured, lambda channel: channel.exchange_delete(SPACE))
